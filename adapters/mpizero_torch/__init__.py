@@ -1,0 +1,39 @@
+"""PyTorch on mpizero: data-parallel training in a few changed lines.
+
+    import mpizero_torch as mz
+
+    world = mz.init()
+    model = mz.DistributedDataParallel(model)
+    for x, y in mz.shard(loader):
+        ...
+
+Thin by intent: hooks, tensors as arrays, and torch's names for what the core does.
+"""
+
+from __future__ import annotations
+
+from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, World
+from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
+from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.metrics import mean, sum
+from mpizero_torch.runtime import init
+from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
+from mpizero_torch.sync_batch_norm import SyncBatchNorm
+
+__all__ = [
+    "ArgumentError",
+    "DistributedDataParallel",
+    "LaunchError",
+    "MismatchError",
+    "MpizeroError",
+    "ShardedLoader",
+    "ShardedSampler",
+    "SyncBatchNorm",
+    "World",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "init",
+    "mean",
+    "shard",
+    "sum",
+]

@@ -1,0 +1,193 @@
+"""Autograd hooks: from torch's backward to the engine's open, ready, close.
+
+A backward pass begins at the first of three events: a gradient for the module's output, for one of
+its parameters before it is accumulated, or after. It ends with a callback that the autograd
+engine runs last. The output comes first where it can: under reentrant checkpointing parameters get
+their gradients in nested backward passes, whose end is not the end of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from mpizero import ArgumentError, World
+from mpizero.engine import GradientReducer, Weight
+from mpizero_torch import batch_weight, tensors
+from mpizero_torch.replicate import Buffers
+
+
+class Owner(Protocol):
+    """What the hooks need of the module that they serve."""
+
+    world: World
+    _synchronise: bool
+    _stated: Weight | None
+    _buffers_in_sync: Buffers | None
+
+
+class GradientHooks:
+    """Watches ``named`` parameters' gradients come, and has ``reducer`` average them."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        named: Sequence[tuple[str, nn.Parameter]],
+        reducer: GradientReducer,
+    ) -> None:
+        self._owner = owner
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._reducer = reducer
+        self._in_backward = False
+        self._weight = Weight()
+        self._scales = False
+        self.steps = 0
+        self._see_views()
+        self._handles: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(self._on_accumulated(index))
+            for index, parameter in enumerate(self._parameters)
+        ]
+
+    def parameters_are(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """True if these are the parameters that are watched."""
+        return len(parameters) == len(self._parameters) and all(
+            ours is theirs for ours, theirs in zip(self._parameters, parameters, strict=True)
+        )
+
+    def remove(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def scale_gradients(self) -> None:
+        """From now on multiply gradients by the weight, before they are accumulated.
+
+        Costs a call per parameter and step, so it is done only once weights differ from 1.
+        """
+        if not self._scales:
+            self._scales = True
+            self._handles += [p.register_hook(self._on_incoming) for p in self._parameters]
+
+    def watch_output(self, output: Any) -> None:
+        """Let backward through ``output`` (tensors, however nested) announce itself."""
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._on_output)
+
+    def shadow(self) -> bool:
+        """Take part in one pass of the other ranks; False if there is none any more."""
+        anywhere = self._reducer.shadow()
+        if anywhere is None:
+            return False
+        self._take_over(anywhere)
+        self._sync_buffers(active=False)
+        return True
+
+    def _on_output(self, gradient: torch.Tensor) -> None:
+        self._begin()
+
+    def _on_incoming(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        self._begin()
+        if self._weight.value == 1.0:
+            return None
+        if self._weight.value == 0.0:  # zero times NaN would be NaN
+            return torch.zeros_like(gradient)
+        return gradient * self._weight.value
+
+    def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
+        def accumulated(parameter: torch.Tensor) -> None:
+            self._begin(first=index)
+            self._place(index)
+            if self._reducer.is_open:
+                self._reducer.ready(index)
+
+        return accumulated
+
+    def _begin(self, first: int | None = None) -> None:
+        """Enter a backward pass, once; ``first`` is the parameter accumulated already, if any."""
+        if self._in_backward:
+            return
+        self._in_backward = True
+        # The engine's own way to run something at the end of backward; torch's DDP uses it too.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._weight = batch_weight.current(self._owner._stated)
+        if self._weight.value != 1.0 and not self._scales:
+            raise ArgumentError(
+                "backward()",
+                "weight",
+                f"{self._weight.value}, after a forward of the inner module",
+                "weights other than 1 where the wrapped module's own forward is called",
+            )
+        kept = any(
+            parameter.grad is not None and (index != first or parameter.grad is self._views[index])
+            for index, parameter in enumerate(self._parameters)
+        )
+        if not self._owner._synchronise:
+            self._reducer.accumulate(self._weight, kept)
+            return
+        buffers = self._owner._buffers_in_sync
+        self._reducer.open(self._weight, kept, buffers is not None and buffers.changed())
+
+    def _end(self) -> None:
+        """Backward is over: average what is left, and hand the results over."""
+        self._in_backward = False
+        self._owner._stated = None
+        batch_weight.state(None)
+        if not self._reducer.is_open:
+            return
+        self.steps += 1
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                self._place(index)
+        has_gradient = [parameter.grad is not None for parameter in self._parameters]
+        self._take_over(self._reducer.close(has_gradient))
+        self._sync_buffers(active=True)
+
+    @torch.no_grad()
+    def _place(self, index: int) -> None:
+        """Make the parameter's gradient the view of its bucket, if it is not already."""
+        parameter, view = self._parameters[index], self._views[index]
+        gradient = parameter.grad
+        if gradient is view or gradient is None:
+            return
+        if gradient.is_sparse or gradient.requires_grad:
+            given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
+            raise ArgumentError(
+                "backward()",
+                "gradient",
+                f"{given} for parameter '{self._names[index]}'",
+                "dense gradients without a graph of their own",
+            )
+        # The first gradient of a step arrives in memory of autograd's own; one copy, where
+        # accumulating into zeroed buckets would read and write them twice more.
+        view.copy_(gradient)
+        parameter.grad = view
+
+    def _take_over(self, anywhere: list[bool]) -> None:
+        """Let ``.grad`` be the averaged view, or None where no rank has a gradient."""
+        if self._generation != self._reducer.generation:
+            self._see_views()
+        for parameter, view, used in zip(self._parameters, self._views, anywhere, strict=True):
+            wanted = view if used else None
+            if parameter.grad is not wanted:
+                parameter.grad = wanted
+
+    def _sync_buffers(self, active: bool) -> None:
+        buffers = self._owner._buffers_in_sync
+        if buffers is None or not self._reducer.buffers_changed:
+            return
+        root = 0
+        if not self._reducer.all_active:
+            root = self._owner.world.gather_objects(active).index(True)
+        buffers.broadcast(self._owner.world, root)
+
+    def _see_views(self) -> None:
+        self._generation = self._reducer.generation
+        self._views = [
+            tensors.as_tensor(self._reducer.view(index)) for index in range(len(self._parameters))
+        ]

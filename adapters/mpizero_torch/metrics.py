@@ -1,0 +1,70 @@
+"""Numbers over all ranks: the global loss, counts, accuracies."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import torch
+
+from mpizero import ArgumentError, World
+from mpizero_torch import batch_weight
+from mpizero_torch.runtime import init
+
+Value = Any  # a number, a tensor, or a dict of numbers
+
+
+def mean(value: Value, weight: float | None = None, *, world: World | None = None) -> Any:
+    """The mean of ``value`` over the ranks: the global loss from each rank's loss.
+
+    ``value``: a number or one-element tensor (returns a float), a tensor (returns a new float64
+    tensor of its shape), or a dict of numbers (returns a dict, with one message for all). Each rank
+    counts with ``weight``: by default the batch at hand as ``mz.shard`` dealt it, so that a short
+    last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are zero.
+    """
+    own = batch_weight.current().value if weight is None else float(weight)
+    total = _reduce(_weighted(value, own), own, world)
+    return _rebuild(value, total[:-1] / total[-1])
+
+
+def sum(value: Value, *, world: World | None = None) -> Any:
+    """The sum of ``value`` over the ranks, in float64 (integers are exact up to 2^53).
+
+    Takes and returns what ``mean`` does; integer numbers come back as int. Collective. The filler
+    batch of an idle rank counts like any other: give 0 for it, or use ``mean``.
+    """
+    total = _reduce(_weighted(value, 1.0), 1.0, world)
+    return _rebuild(value, total[:-1], integers=True)
+
+
+def _weighted(value: Value, weight: float) -> torch.Tensor:
+    numbers = _flatten(value)
+    return numbers * weight if weight else torch.zeros_like(numbers)  # 0 x NaN is NaN
+
+
+def _reduce(numbers: torch.Tensor, weight: float, world: World | None) -> torch.Tensor:
+    message = torch.cat([numbers, torch.tensor([weight], dtype=torch.float64)])
+    (world or init()).allreduce(message)
+    return message
+
+
+def _flatten(value: Value) -> torch.Tensor:
+    if isinstance(value, dict):
+        parts = [_flatten(part) for part in value.values()]
+        if any(part.numel() != 1 for part in parts):
+            raise ArgumentError("mean()", "value", "a dict with arrays", "a dict of numbers")
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    tensor = torch.as_tensor(value).detach()
+    return tensor.to(device="cpu", dtype=torch.float64, copy=True).reshape(-1)
+
+
+def _rebuild(value: Value, numbers: torch.Tensor, integers: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _rebuild(part, numbers[at : at + 1], integers)
+            for at, (key, part) in enumerate(value.items())
+        }
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        return numbers.reshape(value.shape)
+    number = numbers.item()
+    return builtins.int(number) if integers and isinstance(value, int) else number

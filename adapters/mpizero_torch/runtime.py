@@ -1,0 +1,38 @@
+"""``init``: the core's, and what torch needs beside it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+import mpizero
+from mpizero import World
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_threads_are_set = False
+
+
+def init(comm: MPI.Intracomm | None = None) -> World:
+    """Start MPI, bind this rank's device for torch too, and return the World.
+
+    Collective; safe to call twice. Unless ``OMP_NUM_THREADS`` says otherwise, torch gets as many
+    threads as this rank has cores: its default, all cores of the node for every rank, makes ranks
+    fight for them. Raises what ``mpizero.init`` raises.
+    """
+    world = mpizero.init(comm)
+    if world.device.kind == "cuda" and world.device.index is not None:
+        torch.cuda.set_device(world.device.index)
+    _share_cores(world)
+    return world
+
+
+def _share_cores(world: World) -> None:
+    global _threads_are_set
+    if _threads_are_set or "OMP_NUM_THREADS" in os.environ:
+        return
+    _threads_are_set = True
+    torch.set_num_threads(max(1, int(world.cores_per_rank)))

@@ -1,0 +1,37 @@
+"""mpizero: distributed deep-learning training over MPI, in Python.
+
+The layers, lowest first (a layer imports only from those above it in this list):
+
+=================  ==============================================================================
+``errors``         the exceptions
+``world``          ranks, nodes, devices; starting and aborting MPI
+``memory``         arrays of any library as flat memory; dtypes; staging for devices
+``reduction``      summing blocks of memory
+``collectives``    all-reduce and its kin: one file per algorithm, one that chooses
+``progress``       asynchronous handles and the thread that overlaps
+``api``            ``init`` and ``World``: what users hold
+``layout``         names and shapes in flat memory
+``sampling``       which samples a rank trains on
+``engine``         gradient buckets and their reduction, told by an adapter what is ready
+=================  ==============================================================================
+
+Importing this package does not start MPI; ``init()`` does.
+"""
+
+from __future__ import annotations
+
+from mpizero.api import World, init
+from mpizero.errors import ArgumentError, LaunchError, MismatchError, MpizeroError
+from mpizero.progress import Handle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "Handle",
+    "LaunchError",
+    "MismatchError",
+    "MpizeroError",
+    "World",
+    "init",
+]

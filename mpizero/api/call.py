@@ -1,0 +1,90 @@
+"""One collective call: prepared on this rank, agreed upon by all, carried out now or later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mpizero.collectives.agreement import agree
+from mpizero.collectives.dispatch import Dispatch
+from mpizero.errors import ArgumentError, MismatchError
+from mpizero.progress import Worker
+from mpizero.progress.handle import finished
+from mpizero.world import Group
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a rank is about to do: told to the others as ``description``, done by ``work``."""
+
+    description: str
+    work: Callable[[Dispatch], Any]
+    arrays: Sequence[Any] = ()
+    stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
+
+
+class Caller:
+    """Carries calls out for a group: blocking ones at once, asynchronous ones through a worker.
+
+    The two kinds use communicators of their own, so that their orders are independent: a blocking
+    call may overtake an asynchronous one on one rank and not on another.
+    """
+
+    def __init__(self, group: Group, worker: Worker, cuda_aware: bool) -> None:
+        self._alone = group.size == 1
+        self._blocking = Dispatch(group.comm, group.device, cuda_aware)
+        self._background = Dispatch(group.background, group.device, cuda_aware)
+        self._worker = worker
+
+    def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
+        """Prepare a call, agree on it with the other ranks, and carry it out.
+
+        Returns the call's result, or a Handle if ``asynchronous``. If this rank refuses its
+        arguments, the other ranks get a MismatchError that quotes it, instead of waiting for ever.
+        """
+        try:
+            call = prepare()
+        except ArgumentError as error:
+            self._refuse(f"refused: {error}", asynchronous)
+            raise
+        return self.start(call, asynchronous)
+
+    def start(self, call: Call, asynchronous: bool, *, checked: bool = True) -> Any:
+        """Carry a prepared call out. Unchecked calls are for layers that have agreed before."""
+        if not asynchronous:
+            filled = self._blocking.mark(call.arrays, call.stream)
+            if checked and not self._alone:
+                agree(self._blocking.comm, call.description)
+            return self._blocking.run_after(filled, lambda: call.work(self._blocking))
+        if self._alone:
+            return finished(call.work(self._background))
+        filled = self._background.mark(call.arrays, call.stream)
+
+        def work() -> Any:
+            if checked:
+                agree(self._background.comm, call.description)
+            return self._background.run_after(filled, lambda: call.work(self._background))
+
+        return self._worker.submit(work)
+
+    def check_algorithm(self, name: str, collective: str) -> None:
+        """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""
+        self._blocking.check(name, collective)
+
+    def _refuse(self, refusal: str, asynchronous: bool) -> None:
+        if self._alone:
+            return
+        dispatch = self._background if asynchronous else self._blocking
+
+        def tell() -> None:
+            # The others refuse as well, or do something else; this rank's own ArgumentError, which
+            # the caller raises, says more than the mismatch.
+            with suppress(MismatchError):
+                agree(dispatch.comm, refusal)
+
+        if asynchronous:
+            self._worker.submit(tell).wait()
+        else:
+            tell()

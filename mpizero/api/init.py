@@ -1,0 +1,71 @@
+"""``init``: from a launched process to a ``World``."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+from typing import TYPE_CHECKING
+
+from mpizero.api.world import World
+from mpizero.errors import ArgumentError, LaunchError
+from mpizero.world.abort import abort_if_failed, install_abort_hooks
+from mpizero.world.device import Device, bind_device
+from mpizero.world.launcher import Launch, read_launch
+from mpizero.world.startup import load_mpi, start_mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_worlds: dict[int, World] = {}
+_device: Device | None = None
+
+
+def init(comm: MPI.Intracomm | None = None) -> World:
+    """Start MPI and return the World of all ranks, or of the ranks of an mpi4py communicator.
+
+    Collective. Binds this rank's device first (GPU = local rank modulo visible GPUs), because some
+    MPIs look for it when they start. Safe to call twice: the same World comes back. From here on
+    an uncaught exception on one rank ends the whole job.
+
+    Raises LaunchError when the launcher's ranks do not see each other, when no MPI library is
+    found, and in child processes of a rank; ArgumentError for what is no intracommunicator.
+    """
+    launch = read_launch(os.environ)
+    _refuse_children(launch)
+    device = _bind(launch)
+    if comm is None:
+        comm = start_mpi(launch)
+    mpi = load_mpi()
+    if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+        raise ArgumentError("init()", "comm", repr(comm), "None or an mpi4py intracommunicator")
+    key = comm.handle if hasattr(comm, "handle") else mpi._handleof(comm)
+    if key not in _worlds:
+        world = World(comm, device)
+        install_abort_hooks(world.comm)
+        if not _worlds:
+            atexit.register(_leave)
+        _worlds[key] = world
+    return _worlds[key]
+
+
+def _bind(launch: Launch | None) -> Device:
+    global _device
+    if _device is None:
+        _device = bind_device((launch.local_rank if launch else None) or 0)
+    return _device
+
+
+def _refuse_children(launch: Launch | None) -> None:
+    if launch is not None and multiprocessing.parent_process() is not None:
+        raise LaunchError(
+            "init() was called in a child process of a rank (a DataLoader worker, for instance, "
+            "which imports the training script again). Put what starts the training under "
+            '`if __name__ == "__main__":`, so that importing the script does not run it.'
+        )
+
+
+def _leave() -> None:
+    for world in _worlds.values():
+        abort_if_failed(world.comm)
+        world.close()

@@ -1,0 +1,304 @@
+"""``World``: ranks and the collectives among them. The public face of the core."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpizero.api.call import Call, Caller
+from mpizero.collectives.agreement import agree_on_items
+from mpizero.collectives.dispatch import Dispatch
+from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
+from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
+from mpizero.progress import Handle, Worker, overlaps
+from mpizero.reduction import operation
+from mpizero.world import Device, Group
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class World(Group):
+    """Ranks that work together: where they are, and collective operations on their arrays.
+
+    Every collective takes numpy arrays, CuPy arrays and anything with the buffer protocol, DLPack
+    or ``__cuda_array_interface__``, of any shape (empty and zero-dimensional ones too) and any
+    memory layout. All ranks must call the same one with the same dtype, shape and options: a
+    difference raises MismatchError on every rank, naming the ranks and what each passed.
+
+    ``asynchronous=True`` returns a Handle at once; ``handle.wait()`` returns what the call would
+    have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring" or
+    "halving_doubling".
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, device: Device, cuda_awareness: CudaAwareness | None = None
+    ) -> None:
+        super().__init__(comm, device)
+        self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
+        self._worker = Worker(overlaps(self), device.activate)
+        self._caller = Caller(self, self._worker, self.cuda_awareness.enabled)
+        self._node: World | None = None
+        if self.node_count > 1:
+            self._node = World(self.node_comm, device, self.cuda_awareness)
+
+    @property
+    def node(self) -> World:
+        """The ranks that share this rank's node (this very World if there is only one node)."""
+        return self if self._node is None else self._node
+
+    @property
+    def overlaps(self) -> bool:
+        """True if asynchronous operations run on a thread of their own, beside the compute."""
+        return self._worker.threaded
+
+    def split(self, color: int | None, key: int | None = None) -> World | None:
+        """Part the ranks into sub-worlds: one for each ``color``, ordered by ``key``, then rank.
+
+        Collective (MPI 4.1, section 7.4.2). Ranks that give None get None.
+        """
+        comm = self.split_comm(color, self.rank if key is None else key)
+        return None if comm is None else World(comm, self.device, self.cuda_awareness)
+
+    def allreduce(
+        self,
+        x: Any,
+        op: str = "sum",
+        *,
+        out: Any = None,
+        asynchronous: bool = False,
+        algorithm: str = "auto",
+    ) -> Any:
+        """Combine ``x`` over all ranks, element by element; every rank gets the same bits.
+
+        In place: ``x`` holds the result and is returned; with ``out`` (same shape and dtype),
+        ``x`` stays as it is. A Python or numpy scalar is returned as a new scalar.
+
+        ``op``: "sum", "mean", "max", "min" or "product". float16 and bfloat16 are summed in
+        float32 in a fixed order and rounded once; max and min pass NaN on. "mean" wants floating
+        or complex numbers. Raises ArgumentError and MismatchError.
+        """
+        if isinstance(x, (numbers.Number, np.generic)):
+            return self._reduce_scalar(x, op, asynchronous, algorithm)
+
+        def prepare() -> Call:
+            source = self._open(x, "allreduce()", "x", writable=out is None)
+            target = source if out is None else self._open(out, "allreduce()", "out", writable=True)
+            _same_form("allreduce()", target, source.shape, source.dtype)
+            self._caller.check_algorithm(algorithm, "all_reduce")
+            combine = operation(op, source.dtype, self.size, "allreduce()")
+
+            def work(run: Dispatch) -> Any:
+                if target is not source:
+                    target.flat[...] = source.flat
+                run.all_reduce(target.flat, combine, algorithm)
+                return target.commit()
+
+            return Call(_describe("allreduce", source, op, algorithm), work, (source.array,))
+
+        return self._caller.perform(prepare, asynchronous)
+
+    def reduce_scatter(
+        self,
+        x: Any,
+        op: str = "sum",
+        *,
+        out: Any = None,
+        asynchronous: bool = False,
+        algorithm: str = "auto",
+    ) -> Any:
+        """Combine ``x`` over all ranks; rank r gets the r-th part of the result's first axis.
+
+        ``x``: shape (size * k, ...), left as it is. Returns a new array, or ``out``, of shape
+        (k, ...). ``op`` as in ``allreduce``. Raises ArgumentError if the first axis is no
+        multiple of the number of ranks.
+        """
+
+        def prepare() -> Call:
+            source = self._open(x, "reduce_scatter()", "x", writable=False)
+            shape = self._part_shape("reduce_scatter()", source)
+            target = self._target("reduce_scatter()", source, out, shape)
+            self._caller.check_algorithm(algorithm, "reduce_scatter")
+            combine = operation(op, source.dtype, self.size, "reduce_scatter()")
+
+            def work(run: Dispatch) -> Any:
+                run.reduce_scatter(source.flat, target.flat, combine, algorithm)
+                return target.commit()
+
+            return Call(_describe("reduce_scatter", source, op, algorithm), work, (source.array,))
+
+        return self._caller.perform(prepare, asynchronous)
+
+    def allgather(
+        self, x: Any, *, out: Any = None, asynchronous: bool = False, algorithm: str = "auto"
+    ) -> Any:
+        """Put the ranks' arrays behind one another along the first axis, on every rank.
+
+        ``x``: shape (k, ...), any dtype. Returns a new array, or ``out``, of shape
+        (size * k, ...); (size,) for a zero-dimensional ``x``.
+        """
+
+        def prepare() -> Call:
+            source = self._open(x, "allgather()", "x", writable=False)
+            first, *rest = source.shape or (1,)
+            target = self._target("allgather()", source, out, (self.size * first, *rest))
+            self._caller.check_algorithm(algorithm, "all_gather")
+
+            def work(run: Dispatch) -> Any:
+                run.all_gather(source.flat, target.flat, algorithm)
+                return target.commit()
+
+            return Call(_describe("allgather", source, algorithm), work, (source.array,))
+
+        return self._caller.perform(prepare, asynchronous)
+
+    def broadcast(
+        self, x: Any, root: int = 0, *, asynchronous: bool = False, algorithm: str = "auto"
+    ) -> Any:
+        """Give every rank the ``root``'s ``x``, in place (any shape and dtype); returns ``x``."""
+
+        def prepare() -> Call:
+            if not 0 <= root < self.size:
+                raise ArgumentError("broadcast()", "root", str(root), f"0 to {self.size - 1}")
+            target = self._open(x, "broadcast()", "x", writable=self.rank != root)
+            self._caller.check_algorithm(algorithm, "broadcast")
+
+            def work(run: Dispatch) -> Any:
+                run.broadcast(target.flat, root, algorithm)
+                return target.original if self.rank == root else target.commit()
+
+            return Call(_describe("broadcast", target, root, algorithm), work, (target.array,))
+
+        return self._caller.perform(prepare, asynchronous)
+
+    def all_to_all(
+        self, x: Any, *, out: Any = None, asynchronous: bool = False, algorithm: str = "auto"
+    ) -> Any:
+        """Send the r-th part of ``x``'s first axis to rank r, for all r.
+
+        ``x``: shape (size * k, ...), any dtype. Returns a new array, or ``out``, of that shape
+        whose s-th part came from rank s.
+        """
+
+        def prepare() -> Call:
+            source = self._open(x, "all_to_all()", "x", writable=False)
+            self._part_shape("all_to_all()", source)
+            target = self._target("all_to_all()", source, out, source.shape)
+            self._caller.check_algorithm(algorithm, "all_to_all")
+
+            def work(run: Dispatch) -> Any:
+                run.all_to_all(source.flat, target.flat, algorithm)
+                return target.commit()
+
+            return Call(_describe("all_to_all", source, algorithm), work, (source.array,))
+
+        return self._caller.perform(prepare, asynchronous)
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:  # the agreement that precedes every call is a barrier by itself
+            self._caller.perform(lambda: Call("barrier()", lambda _: None), False)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
+
+        def work(run: Dispatch) -> Any:
+            return run.comm.allgather(value)
+
+        return list(self._caller.perform(lambda: Call("gather_objects()", work), False))
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The ``root``'s picklable ``value`` on every rank. For small things."""
+
+        def work(run: Dispatch) -> Any:
+            return run.comm.bcast(value, root)
+
+        return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
+
+    def submit(
+        self,
+        work: Callable[[Dispatch], Any],
+        arrays: Sequence[Any] = (),
+        stream: int | None = None,
+    ) -> Handle:
+        """Queue ``work`` behind the asynchronous operations, unchecked: for the engine.
+
+        The caller has agreed with the other ranks on the order and form of what it submits.
+        ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
+        ``stream`` that fills them, or CuPy's current one.
+        """
+        call = Call("", work, arrays, stream)
+        handle: Handle = self._caller.start(call, True, checked=False)
+        return handle
+
+    def agree(self, items: Sequence[str], what: str) -> None:
+        """Compare lists of descriptions over the ranks; MismatchError names the first difference.
+
+        Collective. For what must be equal everywhere and is too long for one line of an error.
+        """
+        if self.size > 1:
+            agree_on_items(self.comm, list(items), what)
+
+    def close(self) -> None:
+        """Finish what is under way and end the progress thread (done at exit by itself)."""
+        self._worker.close()
+        if self._node is not None:
+            self._node.close()
+
+    def _reduce_scalar(self, x: Any, op: str, asynchronous: bool, algorithm: str) -> Any:
+        if asynchronous:
+            raise ArgumentError(
+                "allreduce()", "x", "a scalar with asynchronous=True", "an array", "np.asarray(x)"
+            )
+        # A Python integer on one rank and a float on another would be different dtypes; the
+        # agreement says so.
+        result = self.allreduce(np.array(x), op, algorithm=algorithm)[()]
+        return result if isinstance(x, np.generic) else result.item()
+
+    def _open(self, x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
+        opened = open_array(x, function, argument, writable=writable)
+        self.device.check(opened.array, function, argument)
+        return opened
+
+    def _part_shape(self, function: str, source: OpenArray) -> tuple[int, ...]:
+        if not source.shape or source.shape[0] % self.size:
+            raise ArgumentError(
+                function,
+                "x",
+                f"an array of shape {source.shape}",
+                f"one whose first axis is a multiple of the {self.size} ranks",
+                "Pad it, or use allreduce().",
+            )
+        return (source.shape[0] // self.size, *source.shape[1:])
+
+    def _target(
+        self, function: str, source: OpenArray, out: Any, shape: tuple[int, ...]
+    ) -> OpenArray:
+        if out is None:
+            out = empty_like(source.array, shape)
+        target = self._open(out, function, "out", writable=True)
+        _same_form(function, target, shape, source.dtype)
+        if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
+            raise ArgumentError(function, "out", "memory of x", "memory of its own")
+        return target
+
+
+def _same_form(function: str, out: OpenArray, shape: tuple[int, ...], dtype: Any) -> None:
+    if out.shape != shape or out.dtype != dtype:
+        raise ArgumentError(
+            function,
+            "out",
+            f"an array of {out.dtype}, shape {out.shape}",
+            f"an array of {dtype}, shape {shape}",
+        )
+
+
+def _describe(function: str, array: OpenArray, *options: object) -> str:
+    # Host and device arrays travel in different messages, so ranks must not mix them.
+    place = "" if isinstance(array.array, np.ndarray) else " on a GPU"
+    form = f"{array.dtype}, shape {array.shape}{place}"
+    return f"{function}({form}; {', '.join(map(str, options))})"

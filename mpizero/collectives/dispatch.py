@@ -1,0 +1,127 @@
+"""One communicator's collectives, by name: picks the algorithm, and the way for device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mpizero.collectives.alone import Alone
+from mpizero.collectives.choose import choose
+from mpizero.collectives.halving_doubling import HalvingDoubling
+from mpizero.collectives.interface import Algorithm
+from mpizero.collectives.native import Native
+from mpizero.collectives.ring import Ring
+from mpizero.collectives.transport import MpiTransport
+from mpizero.errors import ArgumentError
+from mpizero.memory.staging import Run, fence, staged
+from mpizero.reduction import Operation
+from mpizero.world.device import CudaDevice, Device
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_ALONE = Alone()
+
+
+class Dispatch:
+    """Runs collectives over ``comm`` on contiguous 1-D arrays that all ranks agree on.
+
+    Device arrays go to MPI as they are if it is ``cuda_aware``, else through pinned host memory.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, device: Device, cuda_aware: bool) -> None:
+        self.comm = comm
+        self._rank, self._size = comm.rank, comm.size
+        self._device = device
+        self._cuda_aware = cuda_aware
+        self._transport = MpiTransport(comm)
+
+    def mark(self, arrays: Sequence[Any], stream: int | None = None) -> Any:
+        """What the submitting thread has queued on ``arrays``' device, as an event to wait for.
+
+        On CuPy's current stream, or on the raw ``stream`` of another library. None for the host.
+        """
+        if any(self._device.is_device_array(array) for array in arrays):
+            return self._device.record(stream)
+        return None
+
+    def run_after(self, event: Any, work: Callable[[], Any]) -> Any:
+        """Do ``work`` once what ``event`` marks has been done; device work is finished after."""
+        if event is None:
+            return work()
+        with fence(self._device, event):
+            return work()
+
+    def all_reduce(self, array: Any, op: Operation, algorithm: str = "auto") -> None:
+        if self._must_stage(array):
+            row = array.reshape(1, -1)
+            self._stage(row, row, lambda host, _: self.all_reduce(host, op, algorithm))
+        else:
+            self._find(algorithm, "all_reduce", array, op.name).all_reduce(array, op)
+
+    def reduce_scatter(self, array: Any, out: Any, op: Operation, algorithm: str = "auto") -> None:
+        if self._must_stage(array):
+            rows, row = array.reshape(self._size, -1), out.reshape(1, -1)
+            self._stage(rows, row, lambda x, y: self.reduce_scatter(x, y, op, algorithm))
+        else:
+            found = self._find(algorithm, "reduce_scatter", array, op.name)
+            found.reduce_scatter(array, out, op)
+
+    def all_gather(self, block: Any, out: Any, algorithm: str = "auto") -> None:
+        if self._must_stage(out):
+            row, rows = block.reshape(1, -1), out.reshape(self._size, -1)
+            self._stage(row, rows, lambda x, y: self.all_gather(x, y, algorithm))
+        else:
+            self._find(algorithm, "all_gather", out, None).all_gather(block, out)
+
+    def broadcast(self, array: Any, root: int, algorithm: str = "auto") -> None:
+        if self._must_stage(array):
+            row, is_root = array.reshape(1, -1), self._rank == root
+            source, target = (row, None) if is_root else (None, row)
+            self._stage(source, target, lambda x, _: self.broadcast(x, root, algorithm))
+        else:
+            self._find(algorithm, "broadcast", array, None).broadcast(array, root)
+
+    def all_to_all(self, array: Any, out: Any, algorithm: str = "auto") -> None:
+        if self._must_stage(array):
+            rows, result = array.reshape(self._size, -1), out.reshape(self._size, -1)
+            self._stage(rows, result, lambda x, y: self.all_to_all(x, y, algorithm))
+        else:
+            self._find(algorithm, "all_to_all", array, None).all_to_all(array, out)
+
+    def check(self, algorithm: str, collective: str) -> None:
+        """Raise ArgumentError unless ``algorithm`` is "auto" or one that offers ``collective``."""
+        able = [name for name, each in self._algorithms.items() if each.offers(collective)]
+        if algorithm not in ("auto", *able):
+            function = f"{collective.replace('all_reduce', 'allreduce')}()"
+            function = function.replace("all_gather", "allgather")
+            raise ArgumentError(function, "algorithm", repr(algorithm), ", ".join(("auto", *able)))
+
+    @cached_property
+    def _algorithms(self) -> dict[str, Algorithm]:
+        own: tuple[Algorithm, ...] = (
+            Native(self.comm),
+            Ring(self._transport),
+            HalvingDoubling(self._transport),
+        )
+        return {algorithm.name: algorithm for algorithm in own}
+
+    def _find(self, name: str, collective: str, array: Any, op: str | None) -> Algorithm:
+        if self._size == 1:
+            return _ALONE
+        if name == "auto":
+            on_device = self._device.is_device_array(array)
+            name = choose(collective, array.nbytes, array.dtype, op, on_device)
+        return self._algorithms[name]
+
+    def _must_stage(self, array: Any) -> bool:
+        return self._size > 1 and not self._cuda_aware and self._device.is_device_array(array)
+
+    def _stage(self, source: Any, target: Any, run: Run) -> None:
+        if not isinstance(self._device, CudaDevice):
+            raise ArgumentError(
+                "a collective", "x", "an array on a GPU", "host memory",
+                "This rank has no CUDA device of its own (is CuPy installed?).",
+            )  # fmt: skip
+        staged(self._device, None, source, target, run)

@@ -1,0 +1,83 @@
+"""Gradient buckets: flat memory in which gradients lie, reduced a bucket at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from mpizero.layout import FlatLayout
+from mpizero.progress import Handle
+
+Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
+
+# Behind its gradients a bucket carries one number for each of them: is there a gradient at all?
+# Summed with the rest, it tells every rank which parameters some rank has used, for free.
+_USED = "(used)"
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What the engine knows of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}, shape {self.shape}"
+
+
+@dataclass
+class Bucket:
+    """Some parameters' gradients in one flat array, and how far their reduction is."""
+
+    members: tuple[int, ...]
+    layout: FlatLayout
+    flat: Any
+    views: dict[int, Any]
+    used: Any  # one element per member, 0 or more: has any rank a gradient for it?
+    missing: int = 0  # gradients of this backward that have not come yet
+    handle: Handle | None = field(default=None, repr=False)
+
+
+def cut_into_buckets(
+    specs: Sequence[ParameterSpec], order: Sequence[int], first_bytes: int, bytes_each: int
+) -> list[tuple[int, ...]]:
+    """Group parameters, in the ``order`` in which their gradients come, into buckets by dtype.
+
+    The first bucket is small, so that communication starts early; a parameter larger than
+    ``bytes_each`` has one of its own. Buckets are listed in the order in which they fill.
+    """
+    finished: list[tuple[int, ...]] = []
+    filling: dict[np.dtype[Any], list[int]] = {}
+    filled_bytes: dict[np.dtype[Any], int] = {}
+    for index in order:
+        dtype = specs[index].dtype
+        filling.setdefault(dtype, []).append(index)
+        filled_bytes[dtype] = filled_bytes.get(dtype, 0) + specs[index].nbytes
+        if filled_bytes[dtype] >= (bytes_each if finished else first_bytes):
+            finished.append(tuple(filling.pop(dtype)))
+            del filled_bytes[dtype]
+    position = {index: at for at, index in enumerate(order)}
+    rest = sorted((tuple(members) for members in filling.values()), key=lambda m: position[m[-1]])
+    return finished + rest
+
+
+def make_bucket(
+    specs: Sequence[ParameterSpec], members: tuple[int, ...], allocate: Allocate
+) -> Bucket:
+    """Lay ``members`` out in newly allocated memory."""
+    dtype = specs[members[0]].dtype
+    shapes = [(str(index), specs[index].shape) for index in members]
+    layout = FlatLayout.of([*shapes, (_USED, (len(members),))], dtype)
+    flat = allocate(layout.size, dtype)
+    views = {index: layout.view(flat, str(index)) for index in members}
+    return Bucket(members, layout, flat, views, layout.view(flat, _USED))

@@ -1,0 +1,32 @@
+"""The exceptions of mpizero: one root, few kinds, each message with its remedy."""
+
+from __future__ import annotations
+
+
+class MpizeroError(Exception):
+    """Root of everything that mpizero raises on its own account.
+
+    ``reported_by`` is the one rank whose traceback should be printed when every rank raises the
+    same error (each rank knows it), or None when the error belongs to the raising rank alone.
+    """
+
+    reported_by: int | None = None
+
+
+class LaunchError(MpizeroError, RuntimeError):
+    """The job was started in a way in which it cannot be right (or MPI is missing)."""
+
+
+class ArgumentError(MpizeroError, ValueError):
+    """An argument that cannot be used: names it, what was given and what is allowed."""
+
+    def __init__(
+        self, function: str, argument: str, given: str, allowed: str, hint: str = ""
+    ) -> None:
+        self.function, self.argument, self.given, self.allowed = function, argument, given, allowed
+        message = f"{function}: argument '{argument}' is {given}; allowed: {allowed}."
+        super().__init__(f"{message} {hint}".rstrip())
+
+
+class MismatchError(MpizeroError, RuntimeError):
+    """Ranks disagree about what they are doing: names the ranks and what each did."""

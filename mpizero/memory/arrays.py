@@ -1,0 +1,131 @@
+"""Arrays of any library as flat numpy or CuPy memory, without a copy where there is a way.
+
+``open_array`` is the one door through which users' arrays come in. What can be shared is shared;
+a non-contiguous array is worked on in a contiguous copy that ``commit`` writes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpizero.errors import ArgumentError
+
+# Adapters add their framework's types here: (does this object belong to me?, as an array).
+_bridges: list[tuple[Callable[[object], bool], Callable[[Any], Any]]] = []
+
+_ALLOWED = (
+    "a numpy or CuPy array, or an object with the buffer protocol, DLPack or "
+    "__cuda_array_interface__"
+)
+
+
+def register_bridge(owns: Callable[[object], bool], as_array: Callable[[Any], Any]) -> None:
+    """Let objects for which ``owns(x)`` holds come in as ``as_array(x)``, sharing their memory."""
+    _bridges.append((owns, as_array))
+
+
+@dataclass(frozen=True)
+class OpenArray:
+    """A user's array (``original``), seen as ``array`` and worked on as the 1-D ``flat``."""
+
+    original: Any
+    array: Any
+    flat: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self.array.dtype
+        return dtype
+
+    def commit(self) -> Any:
+        """Write the work back where ``flat`` is a copy; return the user's own object."""
+        if not _shares(self.array, self.flat):
+            self.array[...] = self.flat.reshape(self.array.shape)
+        return self.original
+
+
+def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
+    """Open ``x`` for reading, or for reading and writing.
+
+    Raises ArgumentError for objects that are no array, and for read-only memory when ``writable``.
+    """
+    array = _as_array(x, function, argument)
+    if array.dtype.hasobject:
+        raise ArgumentError(function, argument, f"an array of {array.dtype}", "plain numbers")
+    if writable and isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ArgumentError(
+            function,
+            argument,
+            f"a read-only array of {array.dtype}, shape {array.shape}",
+            "a writable array",
+            "Pass a copy, or give the result a place of its own with out=.",
+        )
+    return OpenArray(x, array, flatten(array))
+
+
+def flatten(array: Any) -> Any:
+    """``array`` as contiguous 1-D memory: a view where it can be one, else a copy."""
+    return array.reshape(-1) if array.flags.c_contiguous else array.ravel()
+
+
+def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
+    """Uninitialised memory of the same library, dtype and device as ``array``."""
+    if isinstance(array, np.ndarray):
+        return np.empty(shape, array.dtype)
+    return type(array)(shape, dtype=array.dtype)  # cupy.ndarray(shape, dtype)
+
+
+def overlap(first: Any, second: Any) -> bool:
+    """True if two host arrays may share memory (device arrays: if they start at the same place)."""
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return np.may_share_memory(first, second)
+    return _shares(first, second)
+
+
+def _shares(array: Any, flat: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return array.size == 0 or array.ctypes.data == flat.ctypes.data
+    return bool(array.size == 0 or array.data.ptr == flat.data.ptr)
+
+
+def _as_array(x: Any, function: str, argument: str) -> Any:
+    if isinstance(x, np.ndarray):
+        return x
+    for owns, as_array in _bridges:
+        if owns(x):
+            return as_array(x)
+    try:
+        if hasattr(x, "__cuda_array_interface__"):
+            return _as_cupy(x)
+        if hasattr(x, "__dlpack__"):
+            return _from_dlpack(x)
+        if not isinstance(x, (str, bytes)):
+            return np.asarray(memoryview(x))
+    except (TypeError, BufferError, RuntimeError, ValueError) as error:
+        raise ArgumentError(function, argument, _describe(x), _ALLOWED, f"({error})") from error
+    raise ArgumentError(function, argument, _describe(x), _ALLOWED)
+
+
+def _as_cupy(x: Any) -> Any:
+    from mpizero.world.device import as_device_array
+
+    return as_device_array(x)
+
+
+def _from_dlpack(x: Any) -> Any:
+    kind, _ = x.__dlpack_device__()
+    if kind == 2:  # kDLCUDA
+        return _as_cupy(x)
+    return np.from_dlpack(x)
+
+
+def _describe(x: Any) -> str:
+    return f"a {type(x).__module__}.{type(x).__qualname__}"

@@ -1,0 +1,8 @@
+"""Asynchronous operations: handles, and the thread that overlaps communication with compute."""
+
+from __future__ import annotations
+
+from mpizero.progress.handle import Handle
+from mpizero.progress.worker import Worker, overlaps
+
+__all__ = ["Handle", "Worker", "overlaps"]

@@ -1,0 +1,57 @@
+"""``Handle``: an operation under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Handle:
+    """The result-to-be of an asynchronous operation.
+
+    Every rank must wait for its handles; the array must not be touched before.
+    """
+
+    def __init__(self, work: Callable[[], Any], advance: Callable[[Handle], None]) -> None:
+        self._work: Callable[[], Any] | None = work
+        self._advance = advance
+        self._finished = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """True once the operation has finished (or failed: ``wait`` tells).
+
+        Without a progress thread the operation is carried out here, so that polling gets there.
+        """
+        self._advance(self)
+        return self._finished.is_set()
+
+    def wait(self) -> Any:
+        """Wait until the operation has finished; return its array, or raise what it raised."""
+        if not self._finished.is_set():
+            self._advance(self)
+            self._finished.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def run(self) -> None:
+        """Carry the operation out (the worker's part)."""
+        if self._work is None:
+            return
+        work, self._work = self._work, None
+        try:
+            self._result = work()
+        except BaseException as error:  # handed to the waiting thread, whatever it is
+            self._error = error
+        finally:
+            self._finished.set()
+
+
+def finished(result: Any) -> Handle:
+    """A handle of something that is there already."""
+    handle = Handle(lambda: result, lambda _: None)
+    handle.run()
+    return handle

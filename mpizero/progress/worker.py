@@ -1,0 +1,87 @@
+"""Who carries asynchronous operations out, always in the order in which they were submitted.
+
+That order is the same on every rank (each submits the same operations), so operations match
+without names or negotiation. With a thread, communication overlaps compute. Without one, the
+operations run when the first handle is waited for: where every core is busy computing, a thread
+that spins in MPI would only take cycles away.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mpizero.errors import ArgumentError
+from mpizero.progress.handle import Handle
+from mpizero.world.group import Group
+
+
+def overlaps(group: Group) -> bool:
+    """True if asynchronous operations of ``group`` should run on a thread.
+
+    That needs MPI_THREAD_MULTIPLE, and a core for it beside each rank's compute.
+    ``MPIZERO_PROGRESS=thread|inline|auto`` decides otherwise.
+    """
+    wish = os.environ.get("MPIZERO_PROGRESS", "auto")
+    if wish not in ("auto", "thread", "inline"):
+        raise ArgumentError("init()", "MPIZERO_PROGRESS", repr(wish), "auto, thread, inline")
+    possible = group.thread_level == "multiple"
+    if wish == "thread" and not possible:
+        raise ArgumentError(
+            "init()",
+            "MPIZERO_PROGRESS",
+            "'thread'",
+            "auto or inline",
+            f"This MPI grants thread level '{group.thread_level}'; a thread needs 'multiple'.",
+        )
+    return possible and (wish == "thread" or (wish == "auto" and group.cores_per_rank >= 2))
+
+
+class Worker:
+    """Carries out operations one after the other, on a thread or when they are waited for."""
+
+    def __init__(self, threaded: bool, on_start: Callable[[], None]) -> None:
+        self.threaded = threaded
+        self._on_start = on_start
+        self._thread: threading.Thread | None = None
+        self._submitted: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
+        self._pending: deque[Handle] = deque()
+
+    def submit(self, work: Callable[[], Any]) -> Handle:
+        """Queue ``work`` and return its handle."""
+        handle = Handle(work, self._advance)
+        if self.threaded:
+            self._start()
+            self._submitted.put(handle)
+        else:
+            self._pending.append(handle)
+        return handle
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread."""
+        while self._pending:
+            self._pending.popleft().run()
+        if self._thread is not None:
+            self._submitted.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # A daemon: a thread stuck in MPI must not keep a failing process alive.
+            self._thread = threading.Thread(target=self._serve, name="mpizero", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        self._on_start()
+        while (handle := self._submitted.get()) is not None:
+            handle.run()
+
+    def _advance(self, wanted: Handle) -> None:
+        """Without a thread: carry out everything up to ``wanted``."""
+        while self._pending and not wanted._finished.is_set():
+            self._pending.popleft().run()

@@ -1,0 +1,127 @@
+"""The operations of a reduction: how two blocks combine, and what becomes of the sum.
+
+Algorithms know nothing of means or of 16-bit floats. They widen what they reduce, combine
+blocks, and ``finish`` each block once, where it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpizero.errors import ArgumentError
+from mpizero.memory.dtypes import is_half, kind_of
+from mpizero.reduction.half import narrow, widen
+
+Divisor = Callable[[], float]
+
+# Elements combined at a time: three float32 blocks of this size stay in a 512 KiB L2 cache.
+BLOCK = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One reduction: its name, the element-wise function, and the divisor of a mean (or None).
+
+    The divisor is asked for when a block is complete, not before: for a weighted mean it is the
+    sum of all ranks' weights, which is itself still travelling when the reduction is submitted.
+    """
+
+    name: str
+    function: Any
+    divisor: Divisor | None = None
+
+    def combine(self, into: Any, other: Any) -> None:
+        """``into = into (op) other``, element by element, in place."""
+        # NaN or overflow in the user's numbers is the user's to see in the result, not a warning
+        # from inside a collective.
+        with np.errstate(all="ignore"):
+            self.function(into, other, out=into)  # CuPy arrays answer numpy's functions
+
+    def finish(self, total: Any) -> None:
+        """Make the complete ``total`` the result: divide for a mean."""
+        if self.divisor is not None:
+            divisor = self.divisor()
+            if divisor != 1.0:
+                np.divide(total, divisor, out=total)
+
+    def reduce_rows(self, rows: Sequence[Any], out: Any) -> None:
+        """Combine equally long 1-D ``rows``, in their order, and finish into ``out``.
+
+        16-bit rows are combined in float32 and rounded once. ``out`` may be one of the rows.
+        Works block by block, so that the running total stays in cache.
+        """
+        for start in range(0, out.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            total = self.accumulator(rows[0][part])
+            for row in rows[1:]:
+                self.combine(total, widen(row[part]) if is_half(row.dtype) else row[part])
+            self.finish_into(total, out[part])
+
+    def accumulator(self, block: Any) -> Any:
+        """A copy of ``block`` that sums may be kept in: float32 for the 16-bit floats."""
+        return widen(block) if is_half(block.dtype) else block.copy()
+
+    def finish_into(self, total: Any, out: Any) -> None:
+        """Finish an accumulator and round it into ``out``; ``total`` may be changed."""
+        self.finish(total)
+        if is_half(out.dtype):
+            narrow(total, out)
+        elif total is not out:
+            out[...] = total
+
+
+_FUNCTIONS = {
+    "sum": np.add,
+    "mean": np.add,
+    "product": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+}
+
+_ALLOWED_KINDS = {
+    "sum": ("float", "integer", "complex"),
+    "mean": ("float", "complex"),
+    "product": ("float", "integer", "complex"),
+    "max": ("float", "integer", "bool"),
+    "min": ("float", "integer", "bool"),
+}
+
+
+def operation(name: str, dtype: Any, ranks: int, function: str) -> Operation:
+    """The operation ``name`` for arrays of ``dtype`` over ``ranks`` ranks.
+
+    Raises ArgumentError for an unknown name, and for a dtype that the operation cannot keep (the
+    mean of integers, the largest of complex numbers). max and min pass NaN on, as numpy's do.
+    """
+    if name not in _FUNCTIONS:
+        raise ArgumentError(function, "op", repr(name), ", ".join(_FUNCTIONS))
+    if kind_of(dtype) not in _ALLOWED_KINDS[name]:
+        raise ArgumentError(
+            function,
+            "op",
+            f"{name!r} for an array of {dtype}",
+            f"{name!r} of {', '.join(_ALLOWED_KINDS[name])} arrays",
+            _hint(name, kind_of(dtype)),
+        )
+    divisor = (lambda: float(ranks)) if name == "mean" else None
+    return Operation(name, _FUNCTIONS[name], divisor)
+
+
+SUM = Operation("sum", np.add)
+
+
+def mean_over(divisor: Divisor) -> Operation:
+    """The sum divided by what ``divisor()`` says when the sum is complete: a weighted mean."""
+    return Operation("mean", np.add, divisor)
+
+
+def _hint(name: str, kind: str) -> str:
+    if kind == "bool":
+        return "Use 'max' for logical or, 'min' for logical and, or convert to integers."
+    if name == "mean" and kind == "integer":
+        return "Convert to a floating dtype first, or use 'sum'."
+    return ""

@@ -1,0 +1,94 @@
+"""One rank fails: the whole job ends, and one readable traceback tells why.
+
+An uncaught exception on one rank leaves the others waiting in MPI for ever. So the interpreter's
+last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abort
+(MPI 4.1, section 9.7), which every launcher turns into the end of all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Ranks that raise an error which another rank reports leave it this long to print and abort.
+_GRACE_SECONDS = 2.0
+
+_exit_status: int = 0
+_installed = False
+
+
+def install_abort_hooks(comm: MPI.Intracomm) -> None:
+    """End all ranks of ``comm`` when this one dies of an exception or a non-zero ``sys.exit``.
+
+    Does nothing for a single rank (Python's own behaviour is right there) or the second time.
+    """
+    global _installed
+    if _installed or comm.size == 1:
+        return
+    _installed = True
+    python_excepthook = sys.excepthook
+
+    def end_job(
+        kind: type[BaseException], error: BaseException, where: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):  # Ctrl-C reaches every rank; the launcher ends all
+            python_excepthook(kind, error, where)
+        else:
+            _report(comm.rank, kind, error, where)
+        comm.Abort(1)
+
+    sys.excepthook = end_job
+    _watch_exit_status()
+
+
+def abort_if_failed(comm: MPI.Intracomm) -> None:
+    """At exit: turn a non-zero ``sys.exit(status)`` of this rank into the end of the job."""
+    if _exit_status != 0:
+        sys.stdout.flush()
+        line = f"[rank {comm.rank}] exited with status {_exit_status}; ending the job\n"
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        comm.Abort(_exit_status)
+
+
+def _report(
+    rank: int, kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    reporter = getattr(error, "reported_by", None)
+    if reporter is not None and reporter != rank:
+        time.sleep(_GRACE_SECONDS)  # the reporting rank prints the same error and ends the job
+        return
+    sys.stdout.flush()
+    text = "".join(traceback.format_exception(kind, error, where))
+    lines = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())
+    sys.stderr.write(lines)  # one write, so that other ranks' output does not cut in
+    sys.stderr.flush()
+
+
+def _watch_exit_status() -> None:
+    """Remember the status given to ``sys.exit``.
+
+    SystemExit passes no hook, and at exit Python no longer tells the status; wrapping the
+    function is the only way to know it there.
+    """
+    python_exit: Callable[[Any], NoReturn] = sys.exit
+
+    def exit_and_remember(status: Any = None, /) -> NoReturn:
+        global _exit_status
+        _exit_status = _as_number(status)
+        python_exit(status)
+
+    sys.exit = exit_and_remember
+
+
+def _as_number(status: Any) -> int:
+    if status is None:
+        return 0
+    return status if isinstance(status, int) else 1

@@ -1,0 +1,313 @@
+"""The device of a rank: the host, or one GPU. The only file that calls CuPy.
+
+CuPy is looked for, never required, and imported only if it is there. MPI knows nothing of CUDA
+streams: it reads and writes memory when it is called. So the thread that submits a collective
+records an event on the stream that fills the array, and the thread that communicates waits for
+that event before it lets MPI (or a staging copy) touch the array.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpizero.errors import ArgumentError
+
+# CUDA's memcpy2D takes rows no further apart than this (cudaDevAttrMaxPitch).
+_MAX_PITCH = 2**31 - 1
+
+
+class Device(ABC):
+    """Where a rank's arrays live and what must be done around communicating them."""
+
+    kind: Literal["cpu", "cuda"]
+    index: int | None
+    name: str
+
+    def is_device_array(self, x: object) -> bool:
+        """True if ``x`` is GPU memory of any library."""
+        return hasattr(x, "__cuda_array_interface__")
+
+    @abstractmethod
+    def check(self, array: Any, function: str, argument: str) -> None:
+        """Raise ArgumentError if ``array`` (numpy or CuPy) is GPU memory of another device."""
+
+    @abstractmethod
+    def record(self, stream: int | None = None) -> Any:
+        """Mark what has been queued so far; called on the thread that submits a collective.
+
+        On CuPy's current stream, or on the raw ``stream`` (a cudaStream_t as an integer) of another
+        library. Returns an event for ``wait``.
+        """
+
+    @abstractmethod
+    def wait(self, event: Any) -> None:
+        """Block until what ``event`` marks is done; None marks nothing."""
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Make this the calling thread's device: CUDA's current device is per thread."""
+
+    @abstractmethod
+    def communicating(self) -> AbstractContextManager[None]:
+        """Inside, this is the thread's device, and its kernels run on the communication stream."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until the communication streams are quiet (compute streams go on)."""
+
+    @abstractmethod
+    def empty(self, size: int, dtype: DTypeLike) -> Any:
+        """An uninitialised 1-D array on this device."""
+
+    @abstractmethod
+    def to_host(self, array: Any) -> Any:
+        """An array of this device as numpy, after what is queued on the current stream."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name})"
+
+
+class HostDevice(Device):
+    """No GPU: nothing is queued anywhere, so there is nothing to wait for."""
+
+    kind = "cpu"
+    index = None
+    name = "cpu"
+
+    def check(self, array: Any, function: str, argument: str) -> None:
+        if self.is_device_array(array):
+            raise ArgumentError(
+                function,
+                argument,
+                "an array on a GPU",
+                "an array in host memory",
+                "This rank is bound to the host: unset MPIZERO_DEVICE, or set it to cuda.",
+            )
+
+    def record(self, stream: int | None = None) -> None:
+        return None
+
+    def wait(self, event: Any) -> None:
+        pass
+
+    def activate(self) -> None:
+        pass
+
+    def communicating(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def empty(self, size: int, dtype: DTypeLike) -> Any:
+        return np.empty(size, dtype)
+
+    def to_host(self, array: Any) -> Any:
+        return array
+
+
+class CudaDevice(Device):
+    """GPU ``index`` of those that this process sees, reached through the module ``cupy``."""
+
+    kind = "cuda"
+    index: int
+
+    def __init__(self, index: int, cupy: Any) -> None:
+        self.index = index
+        self.name = f"cuda:{index}"
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._handle = cupy.cuda.Device(index)
+        self.activate()
+        # Non-blocking: CUDA's default stream would otherwise make communication and compute wait
+        # for each other. One per direction, because a GPU has a copy engine for each. Creating
+        # them also creates the CUDA context, which some MPIs look for when they start.
+        self._stream = cupy.cuda.Stream(non_blocking=True)  # to the host; kernels beside MPI
+        self._uploads = cupy.cuda.Stream(non_blocking=True)
+        self._idle: defaultdict[int, list[Any]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def check(self, array: Any, function: str, argument: str) -> None:
+        if isinstance(array, self._cupy.ndarray) and array.device.id != self.index:
+            raise ArgumentError(
+                function,
+                argument,
+                f"an array on GPU {array.device.id}",
+                f"an array on GPU {self.index} or in host memory",
+                f"This rank is bound to GPU {self.index}; MPIZERO_DEVICE=cuda:N binds another.",
+            )
+
+    def record(self, stream: int | None = None) -> Any:
+        with self._handle:  # an event belongs to the device that is current when it is made
+            if stream is None:
+                stream = self._cupy.cuda.get_current_stream().ptr
+            return self._mark(stream)
+
+    def wait(self, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+
+    def activate(self) -> None:
+        self._handle.use()
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        with self._handle, self._stream:
+            yield
+
+    def synchronize(self) -> None:
+        with self._handle:
+            for stream in (self._stream, self._uploads):
+                self.wait(self._mark(stream.ptr))
+
+    def empty(self, size: int, dtype: DTypeLike) -> Any:
+        with self._handle:
+            return self._cupy.empty(size, dtype)
+
+    def to_host(self, array: Any) -> Any:
+        with self._handle:
+            return array.get()
+
+    def download(self, rows: Any, host: Any) -> Any:
+        """Queue a copy of a device array to pinned memory; returns its event.
+
+        ``rows``: CuPy array of shape (n, w), each row contiguous. ``host``: contiguous numpy array
+        of n * w elements of the same dtype. Runs after the kernels queued on the communication
+        stream; other streams must have been waited for.
+        """
+        return self._copy(rows, host, self._runtime.memcpyDeviceToHost, self._stream)
+
+    def upload(self, host: Any, rows: Any) -> Any:
+        """Queue a copy of pinned memory to a device array, forms as in ``download``."""
+        return self._copy(rows, host, self._runtime.memcpyHostToDevice, self._uploads)
+
+    def borrow_pinned(self, nbytes: int) -> Any:
+        """Page-locked host memory, as at least ``nbytes`` of uint8; give it back after use.
+
+        Only that is copied asynchronously. It is slow to allocate, so it is kept for the next one
+        who wants as much (sizes are powers of two).
+        """
+        size = 1 << max(12, (nbytes - 1).bit_length())
+        with self._lock:
+            if self._idle[size]:
+                return self._idle[size].pop()
+        with self._handle:
+            memory = self._cupy.cuda.alloc_pinned_memory(size)
+        return np.frombuffer(memory, np.uint8, size)
+
+    def return_pinned(self, buffer: Any) -> None:
+        """Give back what ``borrow_pinned`` gave, when no copy uses it any more."""
+        with self._lock:
+            self._idle[buffer.size].append(buffer)
+
+    def _mark(self, stream: int) -> Any:
+        # Blocking: the waiting thread sleeps instead of spinning on a core that compute needs.
+        event = self._cupy.cuda.Event(block=True, disable_timing=True)
+        self._runtime.eventRecord(event.ptr, stream)
+        return event
+
+    def _copy(self, rows: Any, host: Any, kind: int, stream: Any) -> Any:
+        height, width = rows.shape[0], rows.shape[1] * rows.itemsize
+        # (address, distance of the rows) on either side
+        ends = [(rows.data.ptr, max(rows.strides[0], width)), (host.ctypes.data, width)]
+        if kind == self._runtime.memcpyDeviceToHost:
+            ends.reverse()
+        (into, into_pitch), (source, source_pitch) = ends
+        with self._handle:
+            if max(into_pitch, source_pitch) <= _MAX_PITCH:
+                self._runtime.memcpy2DAsync(
+                    into, into_pitch, source, source_pitch, width, height, kind, stream.ptr
+                )
+            else:
+                for row in range(height):
+                    places = into + row * into_pitch, source + row * source_pitch
+                    self._runtime.memcpyAsync(*places, width, kind, stream.ptr)
+            return self._mark(stream.ptr)
+
+
+def import_cupy() -> Any:
+    """CuPy, or None where it is not installed (or, with a warning, where it is broken)."""
+    if "cupy" in sys.modules:  # asked for every device array that comes in: keep it quick
+        return sys.modules["cupy"]
+    if importlib.util.find_spec("cupy") is None:
+        return None
+    try:
+        return importlib.import_module("cupy")
+    except Exception as error:  # a missing CUDA library shows as ImportError, OSError, ...
+        warnings.warn(
+            f"CuPy is installed but cannot be imported, so the host is used ({error}). "
+            "MPIZERO_DEVICE=cpu says that this is intended.",
+            stacklevel=2,
+        )
+        return None
+
+
+def bind_device(local_rank: int, import_cupy: Callable[[], Any] = import_cupy) -> Device:
+    """The device of the rank that is ``local_rank``-th on its node; call it before MPI starts.
+
+    The GPU local rank modulo visible GPUs, where CuPy is installed and sees one (a launcher that
+    shows each rank only its own GPU is right with that too); else the host.
+    ``MPIZERO_DEVICE=cpu|cuda|cuda:N`` decides otherwise; ArgumentError if that cannot be had.
+    """
+    wish = os.environ.get("MPIZERO_DEVICE", "")
+    if not re.fullmatch(r"(cpu|cuda(:[0-9]+)?)?", wish):
+        raise ArgumentError("init()", "MPIZERO_DEVICE", repr(wish), "cpu, cuda, cuda:N")
+    kind, _, number = wish.partition(":")
+    if kind == "cpu":
+        return HostDevice()
+    cupy = import_cupy()
+    gpus = 0 if cupy is None else _visible_gpus(cupy)
+    if gpus == 0:
+        if not wish:
+            return HostDevice()
+        hint = "No GPU is visible here: see nvidia-smi, CUDA_VISIBLE_DEVICES and the job's request."
+        if cupy is None:
+            hint = "CuPy cannot be imported here: pip install 'mpizero[cuda]'."
+        raise ArgumentError("init()", "MPIZERO_DEVICE", repr(wish), "cpu", hint)
+    index = int(number) if number else local_rank % gpus
+    if index >= gpus:
+        allowed = f"cpu, cuda, cuda:0 to cuda:{gpus - 1}"
+        raise ArgumentError("init()", "MPIZERO_DEVICE", repr(wish), allowed)
+    return CudaDevice(index, cupy)
+
+
+def _visible_gpus(cupy: Any) -> int:
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except RuntimeError:  # CUDARuntimeError: no driver or no device, as on a login node
+        return 0
+
+
+def as_device_array(x: Any) -> Any:
+    """GPU memory of any library as a CuPy array that shares it.
+
+    By DLPack where there is a way: its exchange makes CuPy's current stream wait for the owner's,
+    which ``__cuda_array_interface__`` leaves to chance in libraries that name no stream. Raises
+    RuntimeError without CuPy, and what CuPy raises for memory it cannot take.
+    """
+    cupy = import_cupy()
+    if cupy is None:
+        raise RuntimeError("GPU memory needs CuPy: pip install 'mpizero[cuda]'")
+    if isinstance(x, cupy.ndarray):
+        return x
+    if hasattr(x, "__dlpack__"):
+        try:
+            return cupy.from_dlpack(x)
+        except (TypeError, BufferError, ValueError):  # a dtype or form that DLPack cannot carry
+            if not hasattr(x, "__cuda_array_interface__"):
+                raise
+    return cupy.asarray(x)

@@ -1,0 +1,79 @@
+"""``Group``: some ranks of the job, and where they sit. No collectives on data: see ``mpizero.api``.
+
+Everything that needs talking (which ranks share a node) is found out once, when the group is
+made, so that reading a property on one rank only can never hang.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from mpizero.errors import ArgumentError
+from mpizero.world.device import Device
+from mpizero.world.startup import load_mpi, thread_level
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Group:
+    """Ranks that work together, with their node topology and this rank's device.
+
+    Owns duplicates of the communicator it is given, so that its messages never mix with those of
+    other users of that communicator. Making one is collective over ``comm``.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, device: Device) -> None:
+        self.comm = comm.Dup()  # blocking collectives
+        self.background = comm.Dup()  # asynchronous ones: an order of their own, agreed by all
+        self.device = device
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self.thread_level = thread_level()
+        self._find_nodes()
+
+    def _find_nodes(self) -> None:
+        mpi = load_mpi()
+        node: Any = self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)
+        self.node_comm: MPI.Intracomm = node
+        self.local_rank: int = node.rank
+        self.local_size: int = node.size
+        leader = node.bcast(self.rank)
+        leader_of: list[int] = self.comm.allgather(leader)
+        self.node_leaders = tuple(sorted(set(leader_of)))
+        self.node_count = len(self.node_leaders)
+        self.node_index = self.node_leaders.index(leader)
+        self.node_ranks = tuple(r for r, at in enumerate(leader_of) if at == leader)
+        self.is_leader = leader == self.rank
+        cores = frozenset().union(*node.allgather(frozenset(_own_cores())))
+        self.cores_per_rank: float = len(cores) / self.local_size
+
+    def split_comm(self, color: int | None, key: int) -> MPI.Intracomm | None:
+        """Split the ranks into one communicator per ``color`` (MPI_Comm_split), ordered by ``key``.
+
+        None for ranks that gave no color. Collective.
+        """
+        if color is not None and color < 0:
+            raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
+        mpi = load_mpi()
+        part: Any = self.comm.Split(mpi.UNDEFINED if color is None else color, key)
+        return None if part == mpi.COMM_NULL else part
+
+    def free(self) -> None:
+        """Give the communicators back (collective over the group)."""
+        for comm in (self.node_comm, self.background, self.comm):
+            comm.Free()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(rank {self.rank} of {self.size}, local rank {self.local_rank} "
+            f"of {self.local_size} on node {self.node_index} of {self.node_count}, "
+            f"device {self.device.name})"
+        )
+
+
+def _own_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

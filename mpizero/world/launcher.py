@@ -1,0 +1,114 @@
+"""What the launcher (mpirun, mpiexec, srun, jsrun, ...) told this process through its environment.
+
+Read before MPI starts: the device must be bound first, and a launcher that speaks of n processes
+while MPI counts one is the trap in which every rank trains alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpizero.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The process's place in the job, as its launcher says."""
+
+    launcher: str
+    rank: int
+    size: int | None
+    local_rank: int | None
+
+
+@dataclass(frozen=True)
+class _Variables:
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+
+
+# The first whose rank (or size) is set wins: what started the process last stands first, so that
+# `mpirun` inside a Slurm allocation is taken for mpirun.
+_LAUNCHERS = (
+    _Variables(
+        "Open MPI's mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Variables(
+        "MVAPICH's launcher",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Variables("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    _Variables("PALS' mpiexec", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID"),
+    _Variables("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    _Variables("a Slurm allocation", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    _Variables("a PMIx launcher", "PMIX_RANK", "", ""),
+)
+
+
+def read_launch(environ: Mapping[str, str]) -> Launch | None:
+    """Say who launched this process, or None for a plain ``python``."""
+    for names in _LAUNCHERS:
+        size = _number(environ, names.size)
+        rank = _number(environ, names.rank)
+        if size is None and (names.size or rank is None):
+            continue
+        local = _number(environ, names.local_rank)
+        if local is None:  # srun --mpi=pmi2 sets PMI_RANK, but the local rank is Slurm's to tell
+            local = _number(environ, "SLURM_LOCALID")
+        return Launch(names.launcher, rank or 0, size, local)
+    return None
+
+
+def refuse_singleton(launch: Launch | None, environ: Mapping[str, str], library: str) -> None:
+    """Stop when the launcher started several processes but MPI says that this one is alone.
+
+    ``library`` is MPI's own version string. Raises LaunchError with the remedy;
+    ``MPIZERO_ALLOW_SINGLETON=1`` lets a process run alone on purpose.
+    """
+    if launch is None or environ.get("MPIZERO_ALLOW_SINGLETON") == "1":
+        return
+    alone = launch.size is None and launch.rank == 0
+    if alone or launch.size == 1:
+        return
+    count = "several" if launch.size is None else str(launch.size)
+    first_line = library.strip().splitlines()[0] if library.strip() else "unknown"
+    raise LaunchError(
+        f"{launch.launcher} started {count} processes (this is rank {launch.rank}), but MPI says "
+        f"that there is only one: every rank would train alone.\n"
+        f"mpi4py has loaded: {first_line}\n{_remedy(launch)}\n"
+        "To run this process alone on purpose, set MPIZERO_ALLOW_SINGLETON=1."
+    )
+
+
+def _remedy(launch: Launch) -> str:
+    if launch.launcher == "a Slurm allocation":
+        return (
+            "Start the program with `srun --mpi=pmix python ...` (Open MPI) or "
+            "`srun --mpi=pmi2 python ...` (MPICH, Intel MPI); plain `python` inside an allocation "
+            "starts one process."
+        )
+    if launch.launcher in ("srun", "a PMIx launcher"):
+        return (
+            "srun and this MPI do not speak the same protocol. Use `srun --mpi=pmix python ...` "
+            "for Open MPI, `srun --mpi=pmi2 python ...` for MPICH and Intel MPI "
+            "(`srun --mpi=list` shows what the site offers), or start with the MPI's own mpirun."
+        )
+    return (
+        "The launcher and the MPI that mpi4py loads are different ones. Use the mpirun of the MPI "
+        "named above, or rebuild mpi4py against the launcher's MPI: "
+        'MPICC="mpicc -shared" pip install --force-reinstall --no-binary=mpi4py mpi4py'
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "") if name else ""
+    return int(text) if text.isdecimal() else None
