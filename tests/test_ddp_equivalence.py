@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import KINDS, Kind, loss
 from torch import nn
 
 import mpizero_torch as mz
+from support.models import KINDS, Kind, loss
 
 MICRO_BATCH = 4
 
@@ -41,7 +41,9 @@ def test_losses_are_those_of_one_process(kind: Kind, dtype: torch.dtype) -> None
             optim.zero_grad()
             each.backward()
             optim.step()
-    for (name, ours), theirs in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), alone.state_dict().values(), strict=True
+    ):
         if dtype == torch.float64:
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=name)
 
@@ -92,13 +94,17 @@ def test_gradients_are_those_of_torch_ddp(kind: Kind, gloo: None) -> None:
         for model in (ours, theirs):
             model.zero_grad()
             loss(model, x[mine], y[mine]).backward()
-        for (name, p), q in zip(ours.module.named_parameters(), theirs.module.parameters(), strict=True):
+        for (name, p), q in zip(
+            ours.module.named_parameters(), theirs.module.parameters(), strict=True
+        ):
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:
                 # Both sum the same float32 numbers, in different orders.
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7, msg=name)
     # Buffers after a further forward, as torch's DDP has them then: rank 0's.
-    for (name, b), c in zip(ours.module.named_buffers(), theirs.module.named_buffers(), strict=True):
+    for (name, b), c in zip(
+        ours.module.named_buffers(), theirs.module.named_buffers(), strict=True
+    ):
         if world.rank == 0:
             torch.testing.assert_close(b, c[1], msg=name)
         root = b.clone()

@@ -1,4 +1,4 @@
-"""How much the batch at hand counts: set by a sharded loader or by ``weigh``, read by whoever averages.
+"""How much the batch at hand counts: set by a loader or by ``weigh``, read by whoever averages.
 
 A cell per process rather than an argument, because the loader that knows and the module that
 needs to know meet only in the user's loop, which should not change.

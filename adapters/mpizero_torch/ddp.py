@@ -1,4 +1,4 @@
-"""``DistributedDataParallel``: replicas of a module whose gradients are averaged during backward."""
+"""``DistributedDataParallel``: replicas of a module, gradients averaged during backward."""
 
 from __future__ import annotations
 
@@ -86,13 +86,15 @@ class DistributedDataParallel(nn.Module):
         )
         broadcast_tensors([t for _, t in [*self._named, *named_buffers]], self.world, root=0)
         self._buffers_in_sync = Buffers(module, ignored) if broadcast_buffers else None
-        self.register_load_state_dict_pre_hook(_restore_prefix)
+        self.register_load_state_dict_pre_hook(_restore_prefix)  # type: ignore[no-untyped-call]
         self._watch_parameters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
         if torch.is_grad_enabled() and self.training:
             self._watch_parameters()
+            if self._hooks is not None:
+                self._hooks.check_last_pass()
         output = self.module(*args, **kwargs)
         if self._hooks is not None and torch.is_grad_enabled():
             self._hooks.watch_output(output)
@@ -171,12 +173,13 @@ class DistributedDataParallel(nn.Module):
         """Take part in one step of the other ranks; False when all are done."""
         if self._hooks is None or self.world.size == 1:
             return False
-        took_part = self._hooks.shadow()
-        if took_part and optimizer is not None:
+        if not self._hooks.shadow():
+            return False
+        if optimizer is not None:
             optimizer.step()
         for _, parameter in self._named:
             parameter.grad = None
-        return took_part
+        return True
 
     def _watch_parameters(self) -> None:
         """Hook the trainable parameters; again whenever some were frozen or unfrozen."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from mpizero import ArgumentError, World
+from mpizero import ArgumentError, MpizeroError, World
 from mpizero.engine import GradientReducer, Weight
 from mpizero_torch import batch_weight, tensors
 from mpizero_torch.replicate import Buffers
@@ -78,6 +78,22 @@ class GradientHooks:
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._on_output)
+
+    def check_last_pass(self) -> None:
+        """Before a forward: did an exception end the last backward before its end?
+
+        Gradients that stay on this rank may simply be computed again. But averages that had begun
+        cannot be taken back from the other ranks: MpizeroError.
+        """
+        if not self._in_backward or torch._C._current_graph_task_id() != -1:
+            return
+        if self._reducer.is_open:
+            raise MpizeroError(
+                "An earlier backward() ended with an exception while gradients were being "
+                "averaged, so the ranks may hold different ones. Load the last checkpoint and "
+                "wrap the module again."
+            )
+        self._in_backward = False
 
     def shadow(self) -> bool:
         """Take part in one pass of the other ranks; False if there is none any more."""

@@ -52,8 +52,8 @@ def shard(
     * an ``IterableDataset``, or any iterable of batches that is the same on all ranks: rank r
       takes every size-th batch from the r-th on.
 
-    ``speeds``, one positive number a rank, deals out larger batches to faster ranks. Each ``iter()``
-    begins the next epoch; ``set_epoch`` says which. While a batch is at hand, its weight is known
+    ``speeds``, one positive number a rank, deals out larger batches to faster ranks. Each
+    ``iter()`` begins the next epoch; ``set_epoch`` says which. While a batch is at hand, its weight is known
     to ``DistributedDataParallel``, ``SyncBatchNorm`` and ``mean``. A rank for which nothing is left
     of the last batch gets a filler that counts nothing.
 

@@ -34,9 +34,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         count = input.numel() // input.shape[1]
         counted = float(count) if batch_weight.of_pass() > 0 else 0.0
-        normalised, mean, variance, total = _Normalise.apply(
-            input, self.eps, self.world, counted
-        )
+        normalised, mean, variance, total = _Normalise.apply(input, self.eps, self.world, counted)
         self._track(mean, variance, float(total))
         if not self.affine:
             return normalised  # type: ignore[no-any-return]
