@@ -87,11 +87,9 @@ def test_conversion_keeps_parameters_and_finds_every_batch_norm() -> None:
     assert converted[0].weight is weight
     assert [type(m) for m in converted.modules()].count(mz.SyncBatchNorm) == 2
     assert list(converted.state_dict()) == list(model.state_dict())
-    with pytest.raises(mz.ArgumentError, match="input"):
-        if mz.init().size > 1:
+    if mz.init().size > 1:
+        with pytest.raises(mz.ArgumentError, match="input"):
             converted[0](torch.zeros(2, 3, 4, 4))
-        else:
-            raise mz.ArgumentError("", "input", "", "")
 
 
 @pytest.mark.parallel([2])

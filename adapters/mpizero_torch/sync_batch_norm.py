@@ -17,8 +17,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Input: (N, C, ...), any number of further axes; N may differ between ranks. What it computes
     on n ranks is what ``BatchNorm`` computes in one process on the concatenated batch, gradients
-    included. Collective in training. A rank whose batch weighs nothing (see ``shard``) is normalised
-    with the others' statistics and does not contribute to them.
+    included. Collective in training. A rank whose batch weighs nothing (see ``shard``) is
+    normalised with the others' statistics and does not contribute to them.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         count = input.numel() // input.shape[1]
         counted = float(count) if batch_weight.of_pass() > 0 else 0.0
-        normalised, mean, variance, total = _Normalise.apply(input, self.eps, self.world, counted)
+        normalised, mean, variance, total = _Normalise.apply(  # type: ignore[no-untyped-call]
+            input, self.eps, self.world, counted
+        )
         self._track(mean, variance, float(total))
         if not self.affine:
             return normalised  # type: ignore[no-any-return]

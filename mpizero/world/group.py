@@ -1,4 +1,4 @@
-"""``Group``: some ranks of the job, and where they sit. No collectives on data: see ``mpizero.api``.
+"""``Group``: some ranks of the job, and where they sit. For collectives see ``mpizero.api``.
 
 Everything that needs talking (which ranks share a node) is found out once, when the group is
 made, so that reading a property on one rank only can never hang.

@@ -1,7 +1,7 @@
 """Small models of the kinds that users train, and batches for them.
 
-Each kind has ``build()``, which gives the same model on every call, and ``batch(n, seed)``, inputs and
-targets for n samples. ``loss(model, x, y)`` is a mean over samples.
+Each kind has ``build()``, which gives the same model on every call, and ``batch(n, seed)``,
+inputs and targets for n samples. ``loss(model, x, y)`` is a mean over samples.
 """
 
 from __future__ import annotations
