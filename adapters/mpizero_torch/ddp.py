@@ -206,7 +206,7 @@ class DistributedDataParallel(nn.Module):
         return GradientReducer(
             self.world,
             [ParameterSpec(n, tuple(p.shape), tensors.numpy_dtype(p.dtype)) for n, p in trainable],
-            lambda count, dtype: tensors.zeros(count, dtype, device),
+            lambda count, dtype: tensors.zeros(self.world, count, dtype, device),
             bucket_bytes=self._bucket_bytes,
             overlap=self._overlap,
             stream=lambda: tensors.current_stream(device),

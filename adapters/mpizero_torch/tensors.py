@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
+from mpizero import World
 from mpizero.memory.arrays import register_bridge
 from mpizero.world.device import as_device_array
 
@@ -54,10 +55,10 @@ def as_tensor(array: Any) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
 
-def zeros(count: int, dtype: Any, device: torch.device) -> Any:
-    """Flat zeroed memory on the tensors' device, as an array of the core."""
+def zeros(world: World, count: int, dtype: Any, device: torch.device) -> Any:
+    """Flat zeroed memory for communication on the tensors' device, as an array of the core."""
     if device.type == "cpu":
-        return np.zeros(count, dtype)
+        return world.allocate(count, dtype)
     return as_array(torch.zeros(count, dtype=_TORCH_OF[np.dtype(dtype)], device=device))
 
 

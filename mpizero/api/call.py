@@ -10,6 +10,7 @@ from typing import Any
 from mpizero.collectives.agreement import agree
 from mpizero.collectives.dispatch import Dispatch
 from mpizero.errors import ArgumentError, MismatchError
+from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.world import Group
@@ -32,10 +33,12 @@ class Caller:
     call may overtake an asynchronous one on one rank and not on another.
     """
 
-    def __init__(self, group: Group, worker: Worker, cuda_aware: bool) -> None:
+    def __init__(
+        self, group: Group, worker: Worker, cuda_aware: bool, node_memory: NodeMemory
+    ) -> None:
         self._alone = group.size == 1
-        self._blocking = Dispatch(group.comm, group.device, cuda_aware)
-        self._background = Dispatch(group.background, group.device, cuda_aware)
+        self._blocking = Dispatch(group.comm, group.device, cuda_aware, node_memory)
+        self._background = Dispatch(group.background, group.device, cuda_aware, node_memory)
         self._worker = worker
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:

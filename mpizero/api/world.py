@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mpizero.collectives.dispatch import Dispatch
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
+from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Handle, Worker, overlaps
 from mpizero.reduction import operation
 from mpizero.world import Device, Group
@@ -41,7 +43,8 @@ class World(Group):
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
         self._worker = Worker(overlaps(self), device.activate)
-        self._caller = Caller(self, self._worker, self.cuda_awareness.enabled)
+        self._node_memory = NodeMemory(self.node_comm)
+        self._caller = Caller(self, self._worker, self.cuda_awareness.enabled, self._node_memory)
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness)
@@ -219,6 +222,16 @@ class World(Group):
 
         return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
 
+    def allocate(self, count: int, dtype: Any) -> Any:
+        """A zeroed 1-D numpy array where the ranks of a node can reach it: reduced without copies.
+
+        Collective. ``count`` elements; in private memory where the node has no room to share (said
+        once) or there is only one rank. Freed when all ranks have let go of it.
+        """
+        if self.local_size == 1:
+            return np.zeros(count, dtype)
+        return self._node_memory.allocate(count, dtype)
+
     def submit(
         self,
         work: Callable[[Dispatch], Any],
@@ -300,5 +313,11 @@ def _same_form(function: str, out: OpenArray, shape: tuple[int, ...], dtype: Any
 def _describe(function: str, array: OpenArray, *options: object) -> str:
     # Host and device arrays travel in different messages, so ranks must not mix them.
     place = "" if isinstance(array.array, np.ndarray) else " on a GPU"
-    form = f"{array.dtype}, shape {array.shape}{place}"
-    return f"{function}({form}; {', '.join(map(str, options))})"
+    return _sentence(function, array.dtype, array.shape, place, options)
+
+
+@lru_cache(maxsize=4096)  # names of dtypes are slow to make, and training repeats its calls
+def _sentence(
+    function: str, dtype: Any, shape: tuple[int, ...], place: str, options: tuple[object, ...]
+) -> str:
+    return f"{function}({dtype}, shape {shape}{place}; {', '.join(map(str, options))})"

@@ -14,9 +14,13 @@ from mpizero.memory.dtypes import is_half, kind_of
 _SMALL_BYTES = 64 * 1024
 
 
-def choose(collective: str, nbytes: int, dtype: DTypeLike, op: str | None, on_device: bool) -> str:
+def choose(
+    collective: str, nbytes: int, dtype: DTypeLike, op: str | None, on_device: bool, one_node: bool
+) -> str:
     """Name the algorithm that "auto" stands for."""
     if on_device and op in ("max", "min") and kind_of(dtype) == "float" and not is_half(dtype):
         # MPI's own MAX and MIN may lose a NaN, and an operation of ours would run on the host.
         return "halving_doubling" if nbytes <= _SMALL_BYTES else "ring"
+    if one_node and not on_device and nbytes > _SMALL_BYTES:
+        return "node_shared"
     return "native"

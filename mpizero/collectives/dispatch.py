@@ -11,9 +11,11 @@ from mpizero.collectives.choose import choose
 from mpizero.collectives.halving_doubling import HalvingDoubling
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.native import Native
+from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport
 from mpizero.errors import ArgumentError
+from mpizero.memory.node_shared import NodeMemory
 from mpizero.memory.staging import Run, fence, staged
 from mpizero.reduction import Operation
 from mpizero.world.device import CudaDevice, Device
@@ -30,8 +32,16 @@ class Dispatch:
     Device arrays go to MPI as they are if it is ``cuda_aware``, else through pinned host memory.
     """
 
-    def __init__(self, comm: MPI.Intracomm, device: Device, cuda_aware: bool) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        device: Device,
+        cuda_aware: bool,
+        node_memory: NodeMemory,
+    ) -> None:
         self.comm = comm
+        self._node_memory = node_memory
+        self._one_node = node_memory.comm.size == comm.size
         self._rank, self._size = comm.rank, comm.size
         self._device = device
         self._cuda_aware = cuda_aware
@@ -92,6 +102,8 @@ class Dispatch:
 
     def check(self, algorithm: str, collective: str) -> None:
         """Raise ArgumentError unless ``algorithm`` is "auto" or one that offers ``collective``."""
+        if algorithm == "auto":
+            return
         able = [name for name, each in self._algorithms.items() if each.offers(collective)]
         if algorithm not in ("auto", *able):
             function = f"{collective.replace('all_reduce', 'allreduce')}()"
@@ -100,11 +112,13 @@ class Dispatch:
 
     @cached_property
     def _algorithms(self) -> dict[str, Algorithm]:
-        own: tuple[Algorithm, ...] = (
+        own: list[Algorithm] = [
             Native(self.comm),
             Ring(self._transport),
             HalvingDoubling(self._transport),
-        )
+        ]
+        if self._one_node:
+            own.append(NodeShared(self.comm, self._node_memory))
         return {algorithm.name: algorithm for algorithm in own}
 
     def _find(self, name: str, collective: str, array: Any, op: str | None) -> Algorithm:
@@ -112,7 +126,7 @@ class Dispatch:
             return _ALONE
         if name == "auto":
             on_device = self._device.is_device_array(array)
-            name = choose(collective, array.nbytes, array.dtype, op, on_device)
+            name = choose(collective, array.nbytes, array.dtype, op, on_device, self._one_node)
         return self._algorithms[name]
 
     def _must_stage(self, array: Any) -> bool:

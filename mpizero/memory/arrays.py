@@ -35,6 +35,7 @@ class OpenArray:
     original: Any
     array: Any
     flat: Any
+    is_copy: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ class OpenArray:
 
     def commit(self) -> Any:
         """Write the work back where ``flat`` is a copy; return the user's own object."""
-        if not _shares(self.array, self.flat):
+        if self.is_copy:
             self.array[...] = self.flat.reshape(self.array.shape)
         return self.original
 
@@ -68,12 +69,9 @@ def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenA
             "a writable array",
             "Pass a copy, or give the result a place of its own with out=.",
         )
-    return OpenArray(x, array, flatten(array))
-
-
-def flatten(array: Any) -> Any:
-    """``array`` as contiguous 1-D memory: a view where it can be one, else a copy."""
-    return array.reshape(-1) if array.flags.c_contiguous else array.ravel()
+    if array.flags.c_contiguous:
+        return OpenArray(x, array, array.reshape(-1), False)
+    return OpenArray(x, array, array.ravel(), True)
 
 
 def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
@@ -87,13 +85,7 @@ def overlap(first: Any, second: Any) -> bool:
     """True if two host arrays may share memory (device arrays: if they start at the same place)."""
     if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
         return np.may_share_memory(first, second)
-    return _shares(first, second)
-
-
-def _shares(array: Any, flat: Any) -> bool:
-    if isinstance(array, np.ndarray):
-        return array.size == 0 or array.ctypes.data == flat.ctypes.data
-    return bool(array.size == 0 or array.data.ptr == flat.data.ptr)
+    return bool(first.size and second.size and first.data.ptr == second.data.ptr)
 
 
 def _as_array(x: Any, function: str, argument: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,23 @@ class Operation:
         """Combine equally long 1-D ``rows``, in their order, and finish into ``out``.
 
         16-bit rows are combined in float32 and rounded once. ``out`` may be one of the rows.
+        """
+        self.reduce_to_all(rows, [out])
+
+    def reduce_to_all(self, rows: Sequence[Any], outs: Sequence[Any]) -> None:
+        """``reduce_rows`` into each of ``outs``, which may be the rows themselves.
+
         Works block by block, so that the running total stays in cache.
         """
-        for start in range(0, out.size, BLOCK):
+        for start in range(0, outs[0].size, BLOCK):
             part = slice(start, start + BLOCK)
             total = self.accumulator(rows[0][part])
             for row in rows[1:]:
                 self.combine(total, widen(row[part]) if is_half(row.dtype) else row[part])
-            self.finish_into(total, out[part])
+            first = outs[0][part]
+            self.finish_into(total, first)
+            for out in outs[1:]:
+                out[part] = first
 
     def accumulator(self, block: Any) -> Any:
         """A copy of ``block`` that sums may be kept in: float32 for the 16-bit floats."""
@@ -91,6 +101,7 @@ _ALLOWED_KINDS = {
 }
 
 
+@lru_cache(maxsize=256)
 def operation(name: str, dtype: Any, ranks: int, function: str) -> Operation:
     """The operation ``name`` for arrays of ``dtype`` over ``ranks`` ranks.
 

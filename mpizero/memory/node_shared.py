@@ -1,0 +1,176 @@
+"""Node-shared memory: flat arrays that every rank of a node can read and write.
+
+A node is one memory. MPI-3 shared windows (MPI 4.1, section 12.2.3) give each rank a part of
+its own in a segment that all ranks of the node map, so that what one rank writes the others read
+where it lies: nothing is packed, sent or unpacked.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import shutil
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpizero.world.startup import load_mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+PAGE = 4096
+_SHM = "/dev/shm"
+
+# Left free when memory is taken: MPI's own segments and other programs live there too.
+_SHM_RESERVE = 16 << 20
+
+
+class Window:
+    """One shared allocation: ``parts[r]`` is the part of the node's rank r, as bytes."""
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
+        mpi = load_mpi()
+        info = mpi.Info.Create()
+        # Parts on pages of their own, which the operating system places near the rank that
+        # touches them first.
+        info.Set("alloc_shared_noncontig", "true")
+        rounded = max(1, -(-nbytes // PAGE)) * PAGE
+        self._win = mpi.Win.Allocate_shared(rounded, 1, info, comm)
+        info.Free()
+        # One epoch for the window's whole life: loads and stores need no more than Win_sync.
+        self._win.Lock_all(mpi.MODE_NOCHECK)
+        self.parts = tuple(
+            np.frombuffer(self._win.Shared_query(rank)[0], np.uint8)[:nbytes]
+            for rank in range(comm.size)
+        )
+        self.own = self.parts[comm.rank]
+        self.own[...] = 0  # first touch by the owner
+        self.address = self.own.ctypes.data
+        self._rank, self._nbytes = comm.rank, nbytes
+
+    def lend(self) -> Any:
+        """This rank's part as an array of its own: it lives as long as any view of it."""
+        return np.frombuffer(self._win.Shared_query(self._rank)[0], np.uint8)[: self._nbytes]
+
+    def sync(self) -> None:
+        """Order this rank's loads and stores before and after (MPI_Win_sync).
+
+        A barrier orders messages, not memory; on CPUs that reorder stores (Arm, POWER) another rank
+        could pass the barrier and still read old values (MPI 4.1, section 12.7).
+        """
+        self._win.Sync()
+
+    def free(self) -> None:
+        """Give the memory back. Collective over the node; its arrays must not be used any more."""
+        self.parts, self.own = (), np.empty(0, np.uint8)
+        self._win.Unlock_all()
+        self._win.Free()
+
+
+class NodeMemory:
+    """Allocates arrays in shared windows of a node, and finds the other ranks' counterparts.
+
+    Windows can only be freed by all ranks of the node together, but arrays die when Python says
+    so, on each rank at its own time. So dead windows are noted and freed at the next allocation,
+    if they are dead on all ranks, or at exit.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self._windows: dict[int, Window] = {}  # by number, the same on all ranks of the node
+        self._dead: set[int] = set()
+        self._next = 0
+        self._places: list[tuple[int, int]] = []  # (address of the own part, number), sorted
+        self._warned = False
+
+    def allocate(self, count: int, dtype: Any) -> Any:
+        """A zeroed 1-D array in node-shared memory; collective over the node.
+
+        Where /dev/shm has no room for the parts of all ranks, an array in private memory, with a
+        warning the first time.
+        """
+        self.reclaim()
+        dtype = np.dtype(dtype)
+        nbytes = count * dtype.itemsize
+        if nbytes == 0 or not self._fits(nbytes):
+            return np.zeros(count, dtype)
+        window = Window(self.comm, nbytes)
+        number, self._next = self._next, self._next + 1
+        self._windows[number] = window
+        bisect.insort(self._places, (window.address, number))
+        array = window.lend().view(dtype)
+        # Views refer to the array that they derive from in the end: when it dies, all have.
+        weakref.finalize(array.base, self._dead.add, number)
+        return array
+
+    def find(self, array: Any) -> tuple[Window, int, int] | None:
+        """The window in which a contiguous array lies, its number there, and its offset in bytes.
+
+        None for private memory. Says nothing of other ranks: they must agree that they mean the
+        same place.
+        """
+        if not self._places or not isinstance(array, np.ndarray):
+            return None
+        address = array.ctypes.data
+        at = bisect.bisect(self._places, (address, self._next)) - 1
+        if at < 0:
+            return None
+        start, number = self._places[at]
+        window, offset = self._windows[number], address - start
+        if offset + array.nbytes > window.own.nbytes:
+            return None
+        return window, number, offset
+
+    def reclaim(self) -> None:
+        """Free the windows that no rank of the node uses any more. Collective over the node."""
+        everyones: list[set[int]] = self.comm.allgather(self._dead)
+        for number in sorted(set.intersection(*everyones)):
+            self._free(number)
+
+    def close(self) -> None:
+        """Free everything, used or not. Collective over the node."""
+        for number in sorted(self._windows):
+            self._free(number)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's parts."""
+        return sum(window.own.nbytes for window in self._windows.values())
+
+    def _free(self, number: int) -> None:
+        window = self._windows.pop(number)
+        self._places.remove((window.address, number))
+        self._dead.discard(number)
+        window.free()
+
+    def _fits(self, nbytes: int) -> bool:
+        """Room for all ranks' parts? The node's first rank looks, so that all say the same."""
+        free: int | None = self.comm.bcast(_free_shared_memory())
+        needed = sum(self.comm.allgather(nbytes)) + PAGE * self.comm.size
+        if free is None or needed + _SHM_RESERVE <= free:
+            return True
+        if not self._warned and self.comm.rank == 0:
+            warnings.warn(
+                f"{_SHM} has {free >> 20} MiB free and {needed >> 20} MiB are needed for "
+                "node-shared memory; going on with private memory, which is slower. To raise it: "
+                "docker run --shm-size=8g, podman the same, Apptainer binds the host's, or "
+                f"`mount -o remount,size=50% {_SHM}`.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._warned = True
+        return False
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes free where MPI puts shared segments; None where there is no such place (not Linux)."""
+    override = os.environ.get("MPIZERO_SHM_FREE")  # for trying what happens when it is small
+    if override:
+        return int(override)
+    try:
+        return shutil.disk_usage(_SHM).free
+    except OSError:
+        return None
