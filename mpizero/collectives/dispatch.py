@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpizero.collectives.alone import Alone
 from mpizero.collectives.choose import choose
 from mpizero.collectives.halving_doubling import HalvingDoubling
+from mpizero.collectives.hierarchical import Hierarchical, Levels
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.native import Native
 from mpizero.collectives.node_shared import NodeShared
@@ -19,6 +20,7 @@ from mpizero.memory.node_shared import NodeMemory
 from mpizero.memory.staging import Run, fence, staged
 from mpizero.reduction import Operation
 from mpizero.world.device import CudaDevice, Device
+from mpizero.world.startup import thread_level
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -119,6 +121,12 @@ class Dispatch:
         ]
         if self._one_node:
             own.append(NodeShared(self.comm, self._node_memory))
+        else:
+            node = self._node_memory.comm
+            leader = node.bcast(self._rank)
+            levels = Levels.of(self.comm, leader, node.rank)
+            threaded = thread_level() == "multiple"
+            own.append(Hierarchical(self.comm, levels, self._node_memory, threaded))
         return {algorithm.name: algorithm for algorithm in own}
 
     def _find(self, name: str, collective: str, array: Any, op: str | None) -> Algorithm:

@@ -50,28 +50,28 @@ class NodeShared(Algorithm):
     def all_reduce(self, array: Any, op: Operation) -> None:
         if array.nbytes <= SMALL_BYTES:
             # Every rank combines everything: one barrier instead of two.
-            op.reduce_rows(self._publish(array), array)
+            op.reduce_rows(self.publish(array), array)
             return
-        parts = self._counterparts(array)
+        parts = self.counterparts(array)
         if parts is None:
             self._all_reduce_chunks(array, op)
             return
         own = cut_evenly(array.size, self.size)[self.rank]
         slices = [part[own] for part in parts]
         op.reduce_to_all(slices, slices)
-        self._barrier()
+        self.barrier()
 
     def reduce_scatter(self, array: Any, out: Any, op: Operation) -> None:
-        parts = self._counterparts(array) if array.nbytes > SMALL_BYTES else None
+        parts = self.counterparts(array) if array.nbytes > SMALL_BYTES else None
         if parts is not None:
             own = cut_evenly(array.size, self.size)[self.rank]
             op.reduce_rows([part[own] for part in parts], out)
-            self._barrier()
+            self.barrier()
             return
         rows = array.reshape(self.size, -1)
         for columns in self._columns(rows):
             chunk = rows[:, columns]
-            slots = self._publish(chunk)
+            slots = self.publish(chunk)
             width = chunk.shape[1]
             mine = slice(self.rank * width, (self.rank + 1) * width)
             op.reduce_rows([slot[mine] for slot in slots], out[columns])
@@ -79,12 +79,12 @@ class NodeShared(Algorithm):
     def all_gather(self, block: Any, out: Any) -> None:
         rows = out.reshape(self.size, -1)
         for columns in self._columns(block.reshape(1, -1)):
-            for rank, slot in enumerate(self._publish(block[columns])):
+            for rank, slot in enumerate(self.publish(block[columns])):
                 rows[rank, columns] = slot
 
     def broadcast(self, array: Any, root: int) -> None:
         for columns in self._columns(array.reshape(1, -1)):
-            slots = self._publish(array[columns], only=root)
+            slots = self.publish(array[columns], only=root)
             if self.rank != root:
                 array[columns] = slots[root]
 
@@ -92,7 +92,7 @@ class NodeShared(Algorithm):
         rows, results = array.reshape(self.size, -1), out.reshape(self.size, -1)
         for columns in self._columns(rows):
             chunk = rows[:, columns]
-            for rank, slot in enumerate(self._publish(chunk)):
+            for rank, slot in enumerate(self.publish(chunk)):
                 results[rank, columns] = slot.reshape(chunk.shape)[self.rank]
 
     def _all_reduce_chunks(self, array: Any, op: Operation) -> None:
@@ -111,36 +111,40 @@ class NodeShared(Algorithm):
                 slots = published[step - 2]
                 for rank, part in enumerate(cut_evenly(slots[0].size, self.size)):
                     chunks[step - 2][part] = slots[rank][part]
-            self._barrier()
+            self.barrier()
 
-    def _counterparts(self, array: Any) -> list[Any] | None:
+    def counterparts(self, array: Any) -> list[Any] | None:
         """All ranks' arrays, after a barrier, if they lie at the same place in shared memory."""
         place = self._memory.find(array)
         window, number, offset = place if place is not None else (None, -1, 0)
         header = self._scratch_window().own[: 2 * 8].view(np.int64)
         header[0], header[1] = number, offset
-        self._barrier()
+        self.barrier()
         theirs = [part[: 2 * 8].view(np.int64) for part in self._scratch_window().parts]
         if window is None or any(h[0] != number or h[1] != offset for h in theirs):
             return None
         end = offset + array.nbytes
         return [part[offset:end].view(array.dtype) for part in window.parts]
 
-    def _publish(self, block: Any, only: int | None = None) -> list[Any]:
+    def publish(self, block: Any, only: int | None = None) -> list[Any]:
         """Show ``block`` to the other ranks; returns every rank's."""
         slots = self._place(block, only)
-        self._barrier()
+        self.barrier()
         return slots
 
     def _place(self, block: Any, only: int | None = None) -> list[Any]:
         """Write ``block`` into this rank's next slot; returns every rank's, of the same form."""
-        start = _HEADER_BYTES + self._turn * SLOT_BYTES
-        self._turn = (self._turn + 1) % _SLOTS
-        stop = start + block.size * block.itemsize
-        slots = [part[start:stop].view(block.dtype) for part in self._scratch_window().parts]
+        slots = self.slots(block.size, block.dtype)
         if only is None or only == self.rank:
             slots[self.rank].reshape(block.shape)[...] = block
         return slots
+
+    def slots(self, count: int, dtype: Any) -> list[Any]:
+        """The next slot of every rank, as 1-D arrays of ``count`` elements."""
+        start = _HEADER_BYTES + self._turn * SLOT_BYTES
+        self._turn = (self._turn + 1) % _SLOTS
+        stop = start + count * np.dtype(dtype).itemsize
+        return [part[start:stop].view(dtype) for part in self._scratch_window().parts]
 
     def _columns(self, rows: Any) -> Iterator[slice]:
         """Column ranges of ``rows`` that fit a slot."""
@@ -153,7 +157,8 @@ class NodeShared(Algorithm):
             self._scratch = Window(self._comm, _HEADER_BYTES + _SLOTS * SLOT_BYTES)
         return self._scratch
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
+        """Wait for the node's ranks; what each has stored before, all see after."""
         window = self._scratch_window()
         window.sync()
         self._comm.Barrier()

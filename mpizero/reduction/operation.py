@@ -56,6 +56,10 @@ class Operation:
         """
         self.reduce_to_all(rows, [out])
 
+    def accumulate(self, rows: Sequence[Any], total: Any) -> None:
+        """Combine ``rows`` into ``total`` (float32 for 16-bit rows), without finishing."""
+        Operation(self.name, self.function).reduce_rows(rows, total)
+
     def reduce_to_all(self, rows: Sequence[Any], outs: Sequence[Any]) -> None:
         """``reduce_rows`` into each of ``outs``, which may be the rows themselves.
 

@@ -36,6 +36,10 @@ class Group:
     def _find_nodes(self) -> None:
         mpi = load_mpi()
         node: Any = self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)
+        emulated = os.environ.get("MPIZERO_RANKS_PER_NODE", "")
+        if emulated:  # for trying what several nodes would do
+            whole, node = node, node.Split(node.rank // int(emulated), node.rank)
+            whole.Free()
         self.node_comm: MPI.Intracomm = node
         self.local_rank: int = node.rank
         self.local_size: int = node.size

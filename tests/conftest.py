@@ -1,0 +1,42 @@
+"""What all tests share: the plugin for ranks, the ``gpu`` marker, hypothesis' settings."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from mpi4py import MPI
+
+pytest_plugins = ["support.ranks"]
+
+# Every rank must draw the same examples in the same order: from the test's own name, not from a
+# database, a clock or what failed on one rank alone.
+settings.register_profile(
+    "ranks",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+)
+settings.register_profile("alone", derandomize=True, database=None, deadline=None)
+settings.load_profile("ranks" if MPI.COMM_WORLD.size > 1 else "alone")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that need a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs a CUDA GPU and CuPy")
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import cupy
+
+    try:
+        return bool(cupy.cuda.runtime.getDeviceCount() > 0)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return False

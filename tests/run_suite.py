@@ -1,0 +1,145 @@
+"""Run the tests with each given Python, alone and under its ``mpirun`` on several ranks.
+
+    python tests/run_suite.py [--ranks 1,2,3,4] [--timeout 900] PYTHON... [-- pytest's arguments]
+
+One launch per Python and rank count, so that importing torch is paid once for all tests of a
+launch. On one rank, plain ``python`` runs the serial tests and those marked for one rank. All
+launches are run, whatever the earlier ones said; a table at the end tells how each ended.
+Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
+
+from support.launch import (
+    RANK_COUNTS,
+    ROOT,
+    end,
+    find_mpirun,
+    is_openmpi,
+    launch_environment,
+    mpirun_command,
+    started,
+)
+
+_NO_TESTS = 5  # pytest's status when the selection is empty
+_CLOSING_LINE = re.compile(
+    r"=* ?(.*\b(passed|failed|deselected|errors?|ran)\b.* in [\d.]+s.*?)[ =]*"
+)
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tests of one rank count, with one MPI."""
+
+    python: str
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        mpi = "Open MPI" if is_openmpi(find_mpirun(self.python)) else "MPICH"
+        return f"{mpi}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        # Each MPI has its own idea of whether its ranks write to a terminal.
+        color = "yes" if sys.stdout.isatty() else "no"
+        pytest = [self.python, "-m", "pytest", f"--color={color}", "-m", f"parallel[{self.ranks}]"]
+        if self.ranks > 1:
+            # Several ranks would write to one cache at once.
+            pytest = [*mpirun_command(self.python, self.ranks), *pytest, "-p", "no:cacheprovider"]
+        return [*pytest, *arguments]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended: in a word, in pytest's closing line, and when."""
+
+    launch: Launch
+    passed: bool
+    verdict: str
+    closing_line: str
+    seconds: float
+
+
+def run(launch: Launch, arguments: Sequence[str], timeout: float) -> Outcome:
+    """Run one launch, show what it prints, and kill it when its time is up."""
+    command = launch.command(arguments)
+    print(f"\n>>> {launch.name}: {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    closing_line = ""
+    late = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="mpizero-tests-") as logs:
+        # One hash seed for all ranks: sets then have the same order on each.
+        env = launch_environment({"MPIZERO_TEST_LOGS": logs, "PYTHONHASHSEED": "0"})
+        with started(command, cwd=ROOT, env=env, stdout=PIPE, stderr=STDOUT) as process:
+            timer = threading.Timer(timeout, _kill, (process, late))
+            timer.start()
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if found := _CLOSING_LINE.fullmatch(_COLOURS.sub("", line.strip())):
+                    closing_line = found[1]
+            process.wait()
+            timer.cancel()
+        _show_logs_left_behind(Path(logs))
+    seconds = time.monotonic() - start
+    if late.is_set():
+        return Outcome(launch, False, "TIMED OUT", closing_line, seconds)
+    if process.returncode == _NO_TESTS:
+        return Outcome(launch, True, "no tests", closing_line, seconds)
+    passed = process.returncode == 0
+    verdict = "ok" if passed else f"FAILED ({process.returncode})"
+    return Outcome(launch, passed, verdict, closing_line, seconds)
+
+
+def _kill(process: Popen[str], late: threading.Event) -> None:
+    late.set()
+    print("\n>>> out of time: killed", flush=True)
+    end(process)
+
+
+def _show_logs_left_behind(logs: Path) -> None:
+    """Ranks delete their logs at the end of their session: what is left is of a rank that died."""
+    for log in sorted(logs.glob("*.log")):
+        tail = "\n".join(log.read_text().splitlines()[-50:])
+        print(f"\n>>> {log.stem} did not end its session; its log ends:\n{tail}", flush=True)
+
+
+def main() -> int:
+    """Run all launches; 0 if all passed."""
+    own = sys.argv[1:]
+    arguments: list[str] = []
+    if "--" in own:
+        cut = own.index("--")
+        own, arguments = own[:cut], own[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pythons", nargs="+", metavar="PYTHON")
+    parser.add_argument("--ranks", default=",".join(map(str, RANK_COUNTS)))
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one launch")
+    options = parser.parse_args(own)
+    counts = [int(count) for count in options.ranks.split(",")]
+
+    outcomes = [
+        run(Launch(str(Path(python).absolute()), ranks), arguments, options.timeout)
+        for python in options.pythons
+        for ranks in counts
+    ]
+    print("\n>>> all launches")
+    for o in outcomes:
+        print(f"{o.launch.name:18} {o.verdict:12} {o.seconds:6.1f} s   {o.closing_line}")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
