@@ -29,9 +29,9 @@ from mpizero.world.startup import load_mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# A chunk on the network should take much longer than a message's latency, and there should be
-# several of them in a large bucket.
-CHUNK_BYTES = 4 << 20
+# Chunks must be cut alike on all nodes, also where one keeps the array in shared memory and another
+# passes it through slots. On the network a chunk takes much longer than a message's latency.
+CHUNK_BYTES = SLOT_BYTES
 
 # Between nodes, small slices want few messages and large ones few bytes.
 _RING_FROM_BYTES = 1 << 20
@@ -90,8 +90,7 @@ class Hierarchical(Algorithm):
     def all_reduce(self, array: Any, op: Operation) -> None:
         """Combine in the node, across nodes, and share in the node: a pipeline over chunks."""
         parts = self._node.counterparts(array)
-        chunk_bytes = SLOT_BYTES if parts is None else CHUNK_BYTES
-        width = max(1, chunk_bytes // array.itemsize)
+        width = max(1, CHUNK_BYTES // array.itemsize)
         crossing: tuple[slice, Callable[[], Any]] | None = None
         for start in range(0, array.size, width):
             chunk = slice(start, min(start + width, array.size))
