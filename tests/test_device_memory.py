@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_cupy import FakeCupy
 
 from mpizero.errors import ArgumentError
 from mpizero.memory import cuda_aware as awareness
@@ -26,6 +25,7 @@ from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware, probe_in_child
 from mpizero.memory.staging import fence, staged
 from mpizero.world import device as device_module
 from mpizero.world.device import CudaDevice, Device, HostDevice, as_device_array, bind_device
+from support.fake_cupy import FakeCupy
 
 RANKS = 3
 CHUNK = 96  # bytes: 24 float32 in one row, 8 in each of three

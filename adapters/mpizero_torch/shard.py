@@ -53,9 +53,9 @@ def shard(
       takes every size-th batch from the r-th on.
 
     ``speeds``, one positive number a rank, deals out larger batches to faster ranks. Each
-    ``iter()`` begins the next epoch; ``set_epoch`` says which. While a batch is at hand, its weight
-    is known to ``DistributedDataParallel``, ``SyncBatchNorm`` and ``mean``. A rank for which nothing
-    is left of the last batch gets a filler that counts nothing.
+    ``iter()`` begins the next epoch; ``set_epoch`` says which. While a batch is at hand, its
+    weight is known to ``DistributedDataParallel``, ``SyncBatchNorm`` and ``mean``. A rank for
+    which nothing is left of the last batch gets a filler that counts nothing.
 
     Raises ArgumentError for sources and options that it cannot shard.
     """
