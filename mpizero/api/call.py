@@ -18,10 +18,14 @@ from mpizero.world import Group
 
 @dataclass(frozen=True)
 class Call:
-    """What a rank is about to do: told to the others as ``description``, done by ``work``."""
+    """What a rank is about to do: told to the others as ``description``, done by ``work``.
+
+    ``work(run, shared)``: ``shared`` says whether the first array lies in node-shared memory on
+    every rank.
+    """
 
     description: str
-    work: Callable[[Dispatch], Any]
+    work: Callable[[Dispatch, bool], Any]
     arrays: Sequence[Any] = ()
     stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
 
@@ -56,21 +60,18 @@ class Caller:
 
     def start(self, call: Call, asynchronous: bool, *, checked: bool = True) -> Any:
         """Carry a prepared call out. Unchecked calls are for layers that have agreed before."""
-        if not asynchronous:
-            filled = self._blocking.mark(call.arrays, call.stream)
-            if checked and not self._alone:
-                agree(self._blocking.comm, call.description)
-            return self._blocking.run_after(filled, lambda: call.work(self._blocking))
-        if self._alone:
-            return finished(call.work(self._background))
-        filled = self._background.mark(call.arrays, call.stream)
+        run = self._background if asynchronous else self._blocking
+        filled = run.mark(call.arrays, call.stream)
 
         def work() -> Any:
-            if checked:
-                agree(self._background.comm, call.description)
-            return self._background.run_after(filled, lambda: call.work(self._background))
+            shared = run.lies_shared(call.arrays)
+            if checked and not self._alone:
+                shared = agree(run.comm, call.description, shared)
+            return run.run_after(filled, lambda: call.work(run, shared))
 
-        return self._worker.submit(work)
+        if not asynchronous:
+            return work()
+        return finished(work()) if self._alone else self._worker.submit(work)
 
     def check_algorithm(self, name: str, collective: str) -> None:
         """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""

@@ -95,10 +95,10 @@ class World(Group):
             self._caller.check_algorithm(algorithm, "all_reduce")
             combine = operation(op, source.dtype, self.size, "allreduce()")
 
-            def work(run: Dispatch) -> Any:
+            def work(run: Dispatch, shared: bool) -> Any:
                 if target is not source:
                     target.flat[...] = source.flat
-                run.all_reduce(target.flat, combine, algorithm)
+                run.all_reduce(target.flat, combine, algorithm, shared and target is source)
                 return target.commit()
 
             return Call(_describe("allreduce", source, op, algorithm), work, (source.array,))
@@ -128,8 +128,8 @@ class World(Group):
             self._caller.check_algorithm(algorithm, "reduce_scatter")
             combine = operation(op, source.dtype, self.size, "reduce_scatter()")
 
-            def work(run: Dispatch) -> Any:
-                run.reduce_scatter(source.flat, target.flat, combine, algorithm)
+            def work(run: Dispatch, shared: bool) -> Any:
+                run.reduce_scatter(source.flat, target.flat, combine, algorithm, shared)
                 return target.commit()
 
             return Call(_describe("reduce_scatter", source, op, algorithm), work, (source.array,))
@@ -151,7 +151,7 @@ class World(Group):
             target = self._target("allgather()", source, out, (self.size * first, *rest))
             self._caller.check_algorithm(algorithm, "all_gather")
 
-            def work(run: Dispatch) -> Any:
+            def work(run: Dispatch, shared: bool) -> Any:
                 run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
@@ -170,7 +170,7 @@ class World(Group):
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
             self._caller.check_algorithm(algorithm, "broadcast")
 
-            def work(run: Dispatch) -> Any:
+            def work(run: Dispatch, shared: bool) -> Any:
                 run.broadcast(target.flat, root, algorithm)
                 return target.original if self.rank == root else target.commit()
 
@@ -193,7 +193,7 @@ class World(Group):
             target = self._target("all_to_all()", source, out, source.shape)
             self._caller.check_algorithm(algorithm, "all_to_all")
 
-            def work(run: Dispatch) -> Any:
+            def work(run: Dispatch, shared: bool) -> Any:
                 run.all_to_all(source.flat, target.flat, algorithm)
                 return target.commit()
 
@@ -204,12 +204,12 @@ class World(Group):
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda _: None), False)
+            self._caller.perform(lambda: Call("barrier()", lambda run, shared: None), False)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
 
-        def work(run: Dispatch) -> Any:
+        def work(run: Dispatch, shared: bool) -> Any:
             return run.comm.allgather(value)
 
         return list(self._caller.perform(lambda: Call("gather_objects()", work), False))
@@ -217,7 +217,7 @@ class World(Group):
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The ``root``'s picklable ``value`` on every rank. For small things."""
 
-        def work(run: Dispatch) -> Any:
+        def work(run: Dispatch, shared: bool) -> Any:
             return run.comm.bcast(value, root)
 
         return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
@@ -234,7 +234,7 @@ class World(Group):
 
     def submit(
         self,
-        work: Callable[[Dispatch], Any],
+        work: Callable[[Dispatch, bool], Any],
         arrays: Sequence[Any] = (),
         stream: int | None = None,
     ) -> Handle:

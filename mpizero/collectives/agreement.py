@@ -2,7 +2,7 @@
 
 MPI does not notice when ranks call different collectives, or the same with other shapes, dtypes
 or operations: it hangs, or mixes the data up. So every collective on users' arrays begins with
-one 16-byte all-reduce of a fingerprint of the call. Checking only first uses would leave a hole:
+one 24-byte all-reduce of a fingerprint of the call. Checking only first uses would leave a hole:
 a call that is new on one rank and known on another would have only one of them checking.
 """
 
@@ -21,18 +21,21 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def agree(comm: MPI.Intracomm, call: str) -> None:
+def agree(comm: MPI.Intracomm, call: str, vote: bool = False) -> bool:
     """Compare ``call`` (a description of what this rank is about to do) over the ranks.
 
-    Collective. Raises MismatchError, on every rank, naming the ranks and what each passed.
+    Returns whether all ranks voted yes. Collective. Raises MismatchError, on every rank, naming the
+    ranks and what each passed.
     """
     mpi = load_mpi()
     fingerprint = _fingerprint(call)
     # The maximum of f and of -f: equal up to sign exactly if all ranks have the same f.
-    extremes = np.array((fingerprint, -fingerprint), np.int64)
+    extremes = np.array((fingerprint, -fingerprint, -vote), np.int64)
     comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
-    if extremes[0] != -extremes[1]:
+    most, negated_least, negated_votes = extremes.tolist()
+    if most != -negated_least:
         raise_mismatch(comm.allgather(call))
+    return bool(negated_votes)
 
 
 def raise_mismatch(calls: list[str], what: str = "The ranks do not do the same") -> None:

@@ -6,6 +6,8 @@ the place of the memory), so that it is the same on every rank, always.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from numpy.typing import DTypeLike
 
 from mpizero.memory.dtypes import is_half, kind_of
@@ -14,13 +16,26 @@ from mpizero.memory.dtypes import is_half, kind_of
 _SMALL_BYTES = 64 * 1024
 
 
-def choose(
-    collective: str, nbytes: int, dtype: DTypeLike, op: str | None, on_device: bool, one_node: bool
-) -> str:
+@dataclass(frozen=True)
+class Place:
+    """Where a collective's ranks and memory are, as all ranks see it."""
+
+    one_node: bool
+    shared: bool  # the array lies in node-shared memory
+    on_device: bool
+
+
+def choose(collective: str, nbytes: int, dtype: DTypeLike, op: str | None, place: Place) -> str:
     """Name the algorithm that "auto" stands for."""
-    if on_device and op in ("max", "min") and kind_of(dtype) == "float" and not is_half(dtype):
-        # MPI's own MAX and MIN may lose a NaN, and an operation of ours would run on the host.
-        return "halving_doubling" if nbytes <= _SMALL_BYTES else "ring"
-    if one_node and not on_device and nbytes > _SMALL_BYTES:
+    if place.on_device:
+        if op in ("max", "min") and kind_of(dtype) == "float" and not is_half(dtype):
+            # MPI's own MAX and MIN may lose a NaN, and an operation of ours would run on the host.
+            return "halving_doubling" if nbytes <= _SMALL_BYTES else "ring"
+        return "native"
+    if not place.one_node:
+        return "native"
+    if place.shared:
         return "node_shared"
-    return "native"
+    # MPI reaches the other ranks' private memory as fast as a detour through ours, except where it
+    # would have to send it to be summed by us.
+    return "node_shared" if op is not None and is_half(dtype) else "native"

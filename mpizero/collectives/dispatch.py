@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mpizero.collectives.alone import Alone
-from mpizero.collectives.choose import choose
+from mpizero.collectives.choose import Place, choose
 from mpizero.collectives.halving_doubling import HalvingDoubling
 from mpizero.collectives.hierarchical import Hierarchical, Levels
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.native import Native
-from mpizero.collectives.node_shared import NodeShared
+from mpizero.collectives.node_shared import SMALL_BYTES, NodeShared
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport
 from mpizero.errors import ArgumentError
@@ -65,19 +65,31 @@ class Dispatch:
         with fence(self._device, event):
             return work()
 
-    def all_reduce(self, array: Any, op: Operation, algorithm: str = "auto") -> None:
+    def lies_shared(self, arrays: Sequence[Any]) -> bool:
+        """Does the first array lie in node-shared memory on this rank? (False for small ones.)"""
+        if not arrays or self._size == 1 or arrays[0].nbytes <= SMALL_BYTES:
+            return False
+        return self._node_memory.find(arrays[0]) is not None
+
+    def all_reduce(
+        self, array: Any, op: Operation, algorithm: str = "auto", shared: bool = False
+    ) -> None:
+        """In place; ``shared`` (the same on all ranks): the array lies in node-shared memory."""
         if self._must_stage(array):
             row = array.reshape(1, -1)
             self._stage(row, row, lambda host, _: self.all_reduce(host, op, algorithm))
         else:
-            self._find(algorithm, "all_reduce", array, op.name).all_reduce(array, op)
+            found = self._find(algorithm, "all_reduce", array, op.name, shared)
+            found.all_reduce(array, op)
 
-    def reduce_scatter(self, array: Any, out: Any, op: Operation, algorithm: str = "auto") -> None:
+    def reduce_scatter(
+        self, array: Any, out: Any, op: Operation, algorithm: str = "auto", shared: bool = False
+    ) -> None:
         if self._must_stage(array):
             rows, row = array.reshape(self._size, -1), out.reshape(1, -1)
             self._stage(rows, row, lambda x, y: self.reduce_scatter(x, y, op, algorithm))
         else:
-            found = self._find(algorithm, "reduce_scatter", array, op.name)
+            found = self._find(algorithm, "reduce_scatter", array, op.name, shared)
             found.reduce_scatter(array, out, op)
 
     def all_gather(self, block: Any, out: Any, algorithm: str = "auto") -> None:
@@ -129,12 +141,14 @@ class Dispatch:
             own.append(Hierarchical(self.comm, levels, self._node_memory, threaded))
         return {algorithm.name: algorithm for algorithm in own}
 
-    def _find(self, name: str, collective: str, array: Any, op: str | None) -> Algorithm:
+    def _find(
+        self, name: str, collective: str, array: Any, op: str | None, shared: bool = False
+    ) -> Algorithm:
         if self._size == 1:
             return _ALONE
         if name == "auto":
-            on_device = self._device.is_device_array(array)
-            name = choose(collective, array.nbytes, array.dtype, op, on_device, self._one_node)
+            where = Place(self._one_node, shared, self._device.is_device_array(array))
+            name = choose(collective, array.nbytes, array.dtype, op, where)
         return self._algorithms[name]
 
     def _must_stage(self, array: Any) -> bool:

@@ -165,7 +165,7 @@ class GradientReducer:
         self._came = [0] * len(self._specs)
         self._arrivals = []
         opening = self._opening = np.array(mine)
-        self._opening_handle = self._world.submit(lambda run: run.all_reduce(opening, SUM))
+        self._opening_handle = self._world.submit(lambda run, shared: run.all_reduce(opening, SUM))
 
     def _launch_full_ones(self) -> None:
         """Reduce the buckets that are full, but none before those in front of it."""
@@ -179,7 +179,9 @@ class GradientReducer:
     def _launch(self, bucket: Bucket) -> None:
         flat, mean = bucket.flat, self._mean
         bucket.handle = self._world.submit(
-            lambda run: run.all_reduce(flat, mean), (flat,), self._stream()
+            lambda run, shared: run.all_reduce(flat, mean, shared=shared),
+            (flat,),
+            self._stream(),
         )
         self._launched += 1
 
