@@ -39,13 +39,13 @@ def values(rank: int, shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarr
     rng = np.random.default_rng((seed, rank))
     dtype = np.dtype(dtype)
     if dtype == np.bool_:
-        return rng.integers(0, 2, shape).astype(bool)
+        return np.asarray(rng.integers(0, 2, shape)).astype(bool)
     if dtype.kind in "iu":
         low = 0 if dtype.kind == "u" else -5
-        return rng.integers(low, 6, shape).astype(dtype)
-    real = rng.normal(size=shape)
+        return np.asarray(rng.integers(low, 6, shape)).astype(dtype)
+    real = np.asarray(rng.normal(size=shape))
     if dtype.kind == "c":
-        return (real + 1j * rng.normal(size=shape)).astype(dtype)
+        return np.asarray(real + 1j * rng.normal(size=shape)).astype(dtype)
     return np.asarray(real).astype(np.float32).astype(dtype)
 
 

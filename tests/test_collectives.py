@@ -1,0 +1,296 @@
+"""Collectives over MPI, for every dtype, operation, layout and algorithm, against numpy."""
+
+from __future__ import annotations
+
+import array as stdlib_array
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytest_mpi import parallel_assert
+
+import mpizero
+from mpizero import World
+from mpizero.collectives import transport
+from support.cases import DTYPES, assert_close, reductions, shapes, values
+
+ranks = pytest.mark.parallel([1, 2, 3, 4])
+several_ranks = pytest.mark.parallel([2, 3, 4])
+ALGORITHMS = ("auto", "native", "ring", "halving_doubling", "node_shared")
+LAYOUTS = ("contiguous", "strided", "fortran", "reversed")
+algorithm_names = st.sampled_from(ALGORITHMS)
+
+
+def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
+    """The same numbers in another memory layout."""
+    if layout == "strided" and array.ndim:
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] * 2), array.dtype)
+        wide[..., ::2] = array
+        return wide[..., ::2]
+    if layout == "fortran" and array.ndim:
+        return np.asfortranarray(array)
+    if layout == "reversed" and array.ndim:
+        return np.ascontiguousarray(array[::-1])[::-1]
+    return array.copy()
+
+
+def agreed(world: World, check: Any) -> None:
+    """Run ``check`` on every rank; fail on all if it fails on one, so that none goes on alone."""
+    problem = ""
+    try:
+        check()
+    except AssertionError as error:
+        problem = str(error) or "assertion failed"
+    parallel_assert(not problem, problem)
+
+
+@ranks
+@settings(max_examples=150)
+@given(
+    reduction=reductions,
+    shape=shapes,
+    algorithm=algorithm_names,
+    layout=st.sampled_from(LAYOUTS),
+    out=st.booleans(),
+    asynchronous=st.booleans(),
+)
+def test_allreduce(
+    reduction: tuple[str, np.dtype],
+    shape: tuple[int, ...],
+    algorithm: str,
+    layout: str,
+    out: bool,
+    asynchronous: bool,
+) -> None:
+    world = mpizero.init()
+    op, dtype = reduction
+    everyone = [values(r, shape, dtype, 5) for r in range(world.size)]
+    x = laid_out(everyone[world.rank], layout)
+    target = laid_out(np.zeros(shape, dtype), layout) if out else None
+    got = world.allreduce(x, op, out=target, asynchronous=asynchronous, algorithm=algorithm)
+    if asynchronous:
+        got = got.wait()
+
+    def check() -> None:
+        assert got is (target if out else x)
+        assert_close(got, everyone, op)
+        if out:
+            assert x.tobytes() == everyone[world.rank].tobytes()
+
+    agreed(world, check)
+
+
+@ranks
+@settings(max_examples=80)
+@given(
+    reduction=reductions,
+    rows=st.integers(0, 5),
+    tail=st.lists(st.integers(0, 4), max_size=2),
+    algorithm=algorithm_names,
+    layout=st.sampled_from(LAYOUTS),
+    asynchronous=st.booleans(),
+)
+def test_scatter_gather_exchange(
+    reduction: tuple[str, np.dtype],
+    rows: int,
+    tail: list[int],
+    algorithm: str,
+    layout: str,
+    asynchronous: bool,
+) -> None:
+    world = mpizero.init()
+    op, dtype = reduction
+    size, rank = world.size, world.rank
+    everyone = [values(r, (size * rows, *tail), dtype, 6) for r in range(size)]
+    mine = slice(rank * rows, (rank + 1) * rows)
+    x, block = laid_out(everyone[rank], layout), laid_out(everyone[rank][mine], layout)
+    options: dict[str, Any] = {"algorithm": algorithm, "asynchronous": asynchronous}
+    swap = algorithm if algorithm != "halving_doubling" else "auto"
+    results = [
+        world.reduce_scatter(x, op, **options),
+        world.allgather(block, **options),
+        world.all_to_all(x, **(options | {"algorithm": swap})),
+    ]
+    if asynchronous:
+        results = [handle.wait() for handle in results]
+    scattered, gathered, exchanged = results
+
+    def check() -> None:
+        assert_close(scattered, [e[mine] for e in everyone], op)
+        blocks = [e[r * rows : (r + 1) * rows] for r, e in enumerate(everyone)]
+        np.testing.assert_array_equal(gathered, np.concatenate(blocks))
+        np.testing.assert_array_equal(exchanged, np.concatenate([e[mine] for e in everyone]))
+        assert x.tobytes() == everyone[rank].tobytes()
+
+    agreed(world, check)
+
+
+@ranks
+@settings(max_examples=60)
+@given(dtype=st.sampled_from(DTYPES), shape=shapes, algorithm=algorithm_names, data=st.data())
+def test_broadcast(dtype: Any, shape: tuple[int, ...], algorithm: str, data: st.DataObject) -> None:
+    world = mpizero.init()
+    root = data.draw(st.integers(0, world.size - 1))
+    x = laid_out(values(world.rank, shape, dtype, 3), data.draw(st.sampled_from(LAYOUTS)))
+    assert world.broadcast(x, root, algorithm=algorithm) is x
+    expected = values(root, shape, dtype, 3)
+    agreed(world, lambda: np.testing.assert_array_equal(x, expected))
+
+
+@ranks
+def test_zero_dimensional_arrays_gather_to_a_vector() -> None:
+    world = mpizero.init()
+    got = world.allgather(np.array(world.rank))
+    assert got.shape == (world.size,) and (got == np.arange(world.size)).all()
+
+
+@ranks
+def test_scalars_come_back_as_scalars() -> None:
+    world = mpizero.init()
+    total = world.size * (world.size + 1) // 2
+    assert world.allreduce(world.rank + 1) == total and type(world.allreduce(1)) is int
+    assert type(world.allreduce(0.5)) is float
+    got = world.allreduce(np.float32(2), "mean")
+    assert got == 2 and type(got) is np.float32
+    with pytest.raises(mpizero.ArgumentError, match="scalar"):
+        world.allreduce(1.0, asynchronous=True)
+
+
+class Lent:
+    """An object that shares memory by DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+@ranks
+def test_arrays_of_other_libraries() -> None:
+    world = mpizero.init()
+    numbers = stdlib_array.array("d", [1.0, 2.0])
+    assert world.allreduce(numbers) is numbers
+    assert list(numbers) == [world.size, 2 * world.size]
+    octets = bytearray(b"\x01\x02")
+    world.allreduce(memoryview(octets), "max")
+    assert octets == b"\x01\x02"
+    lent = np.arange(3.0)
+    world.allreduce(Lent(lent))
+    assert (lent == np.arange(3.0) * world.size).all()
+    with pytest.raises(mpizero.ArgumentError, match="list"):
+        world.allreduce([1, 2])
+    with pytest.raises(mpizero.ArgumentError, match="object"):
+        world.allreduce(np.array([None]))
+
+
+@several_ranks
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_nan_is_passed_on_by_every_algorithm(algorithm: str, dtype: Any) -> None:
+    world = mpizero.init()
+    for op in ("max", "min"):
+        x = np.ones(5, dtype)
+        x[world.rank] = np.nan
+        world.allreduce(x, op, algorithm=algorithm)
+        expected = [r < world.size for r in range(5)]
+        assert np.isnan(x.astype(np.float32)).tolist() == expected
+
+
+@several_ranks
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_same_call_twice_gives_the_same_bits(algorithm: str, dtype: Any) -> None:
+    world = mpizero.init()
+    first, second = (
+        world.allreduce(values(world.rank, (70_001,), dtype, 1), algorithm=algorithm)
+        for _ in range(2)
+    )
+    assert first.tobytes() == second.tobytes()
+    assert len(set(world.gather_objects(first.tobytes()))) == 1
+
+
+@several_ranks
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.complex128])
+def test_messages_above_the_largest_are_cut(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_MESSAGE_BYTES", 64)
+    world = mpizero.init()
+    size, rank = world.size, world.rank
+    everyone = [values(r, (size * 37,), dtype, 2) for r in range(size)]
+    mine = slice(rank * 37, (rank + 1) * 37)
+    for algorithm in ("native", "ring", "halving_doubling"):
+        assert_close(world.allreduce(everyone[rank].copy(), algorithm=algorithm), everyone, "sum")
+        got = world.reduce_scatter(everyone[rank], algorithm=algorithm)
+        assert_close(got, [e[mine] for e in everyone], "sum")
+        gathered = world.allgather(everyone[rank], algorithm=algorithm)
+        assert (gathered == np.concatenate(everyone)).all()
+        sent = everyone[rank].copy()
+        world.broadcast(sent, size - 1, algorithm=algorithm)
+        assert (sent == everyone[-1]).all()
+        if algorithm != "halving_doubling":
+            got = world.all_to_all(everyone[rank], algorithm=algorithm)
+            assert (got == np.concatenate([e[mine] for e in everyone])).all()
+
+
+@several_ranks
+@pytest.mark.parametrize("algorithm", ["ring", "halving_doubling"])
+def test_bytes_sent_over_mpi_are_the_formulas(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = 0
+    exchange = transport.MpiTransport.exchange
+
+    def counting(self: Any, outgoing: Any, to: Any, incoming: Any, source: Any) -> None:
+        nonlocal sent
+        sent += outgoing.nbytes if to is not None else 0
+        exchange(self, outgoing, to, incoming, source)
+
+    monkeypatch.setattr(transport.MpiTransport, "exchange", counting)
+    world = mpizero.init()
+    x = np.ones(world.size * 1000, np.float32)
+    world.allreduce(x, algorithm=algorithm)
+    optimum = 2 * (world.size - 1) * x.nbytes // world.size
+    everyones = world.gather_objects(sent)
+    assert sum(everyones) == optimum * world.size
+    if algorithm == "ring":
+        assert set(everyones) == {optimum}
+
+
+@ranks
+@pytest.mark.parametrize("mode", ["thread", "inline"])
+def test_handles_in_flight(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIZERO_PROGRESS", mode)
+    world = mpizero.init().split(0)
+    assert world is not None and world.overlaps == (mode == "thread")
+    arrays = [np.full(100 + i, float(world.rank + i)) for i in range(20)]
+    handles = [world.allreduce(a, asynchronous=True) for a in arrays]
+    blocking = world.allreduce(np.ones(3))  # may overtake them
+    assert (blocking == world.size).all()
+    while not handles[7].done():
+        pass
+    for i in reversed(range(20)):
+        expected = sum(r + i for r in range(world.size))
+        assert handles[i].wait() is arrays[i]
+        assert (arrays[i] == expected).all()
+        assert handles[i].done() and handles[i].wait() is arrays[i]
+    world.close()
+
+
+@ranks
+def test_out_of_another_form_is_refused() -> None:
+    world = mpizero.init()
+    x = np.ones((world.size * 2, 3), np.float32)
+    for out in (np.empty((1, 3), np.float32), np.empty((world.size * 2, 3))):
+        with pytest.raises(mpizero.ArgumentError, match="out"):
+            world.allreduce(x, out=out)
+        with pytest.raises(mpizero.ArgumentError, match="out"):
+            world.allgather(x, out=out)
+    if world.size > 1:
+        with pytest.raises(mpizero.ArgumentError, match="memory of x"):
+            world.all_to_all(x, out=x)

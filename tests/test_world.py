@@ -1,0 +1,137 @@
+"""Ranks, nodes, sub-worlds; and starting MPI."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from mpi4py import MPI
+
+import mpizero
+from mpizero.errors import LaunchError
+from mpizero.world.launcher import read_launch, refuse_singleton
+
+ranks = pytest.mark.parallel([1, 2, 3, 4])
+
+
+@ranks
+def test_who_and_where() -> None:
+    world = mpizero.init()
+    assert (world.rank, world.size) == (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+    assert world.local_rank == world.rank and world.local_size == world.size  # one machine
+    assert world.node_ranks == tuple(range(world.size)) and world.node_count == 1
+    assert world.node is world and world.node_index == 0 and world.is_leader == (world.rank == 0)
+    assert world.thread_level == "multiple" and world.device.kind == "cpu"
+    assert f"rank {world.rank} of {world.size}" in repr(world)
+
+
+@ranks
+def test_init_twice_and_with_a_communicator() -> None:
+    assert mpizero.init() is mpizero.init()
+    mine = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2)
+    part = mpizero.init(mine)
+    assert part.size == mine.size and part.rank == mine.rank and mpizero.init(mine) is part
+    assert part.allreduce(1) == mine.size
+    for wrong in (MPI.COMM_NULL, 3):
+        with pytest.raises(mpizero.ArgumentError, match="comm"):
+            mpizero.init(wrong)  # type: ignore[arg-type]
+
+
+@ranks
+def test_splitting() -> None:
+    world = mpizero.init()
+    half = world.split(world.rank % 2, key=-world.rank)  # in reverse order
+    assert half is not None
+    members = [r for r in reversed(range(world.size)) if r % 2 == world.rank % 2]
+    assert half.size == len(members) and members[half.rank] == world.rank
+    assert half.allreduce(world.rank) == sum(members)
+    alone = half.split(half.rank)
+    assert alone is not None and alone.size == 1 and alone.allreduce(7) == 7
+    some = world.split(0 if world.rank == 0 else None)
+    assert (some is None) == (world.rank != 0)
+    with pytest.raises(mpizero.ArgumentError, match="color"):
+        world.split(-3)
+
+
+LAUNCHES = {
+    "plain": ({}, None),
+    "hydra": ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, (1, 4, 1)),
+    "openmpi": (
+        {
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_SIZE": "8",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        },
+        (3, 8, 1),
+    ),
+    "srun pmi2": (
+        {"PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"},
+        (2, 4, 0),
+    ),
+    "srun pmix": (
+        {
+            "SLURM_PROCID": "5",
+            "SLURM_LOCALID": "1",
+            "SLURM_STEP_NUM_TASKS": "8",
+            "PMIX_RANK": "5",
+        },
+        (5, 8, 1),
+    ),
+    "batch script": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 8, None)),
+    "mpirun in an allocation": (
+        {"SLURM_NTASKS": "8", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+        (1, 2, None),
+    ),
+    "jsrun": ({"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "6"}, (1, 6, None)),
+    "pals": (
+        {"PALS_RANKID": "1", "PALS_SIZE": "2", "PALS_LOCAL_RANKID": "0"},
+        (1, 2, 0),
+    ),
+    "pmix alone": ({"PMIX_RANK": "0"}, (0, None, None)),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launchers_are_recognised(name: str) -> None:
+    environ, expected = LAUNCHES[name]
+    launch = read_launch(environ)
+    found = None if launch is None else (launch.rank, launch.size, launch.local_rank)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("hydra", "mpirun of the MPI"),
+        ("openmpi", "rebuild mpi4py"),
+        ("srun pmix", "--mpi=pmix"),
+        ("batch script", "srun --mpi"),
+    ],
+)
+def test_the_singleton_trap_is_an_error_with_the_remedy(name: str, remedy: str) -> None:
+    environ, _ = LAUNCHES[name]
+    with pytest.raises(LaunchError, match=remedy) as caught:
+        refuse_singleton(read_launch(environ), environ, "Some MPI 1.0")
+    assert "Some MPI 1.0" in str(caught.value)
+    refuse_singleton(read_launch(environ), {"MPIZERO_ALLOW_SINGLETON": "1"}, "Some MPI 1.0")
+
+
+def test_one_process_is_no_trap() -> None:
+    for environ in ({}, {"PMI_SIZE": "1", "PMI_RANK": "0"}, {"PMIX_RANK": "0"}):
+        refuse_singleton(read_launch(environ), environ, "")
+
+
+def _fresh_python(program: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    return result.stdout
+
+
+def test_importing_starts_nothing() -> None:
+    program = (
+        "import sys, mpizero\n"
+        "print(sorted({'torch', 'cupy', 'mpi4py.MPI', 'matplotlib', 'rich'} & set(sys.modules)))"
+    )
+    assert _fresh_python(program).strip() == "[]"
