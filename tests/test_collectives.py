@@ -31,7 +31,7 @@ def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
         wide[..., ::2] = array
         return wide[..., ::2]
     if layout == "fortran" and array.ndim:
-        return np.asfortranarray(array)
+        return np.array(array, order="F")
     if layout == "reversed" and array.ndim:
         return np.ascontiguousarray(array[::-1])[::-1]
     return array.copy()
