@@ -26,7 +26,7 @@ def widen(half: Any) -> Any:
 def narrow(wide: Any, out: Any) -> None:
     """Round the 1-D float32 ``wide`` into the 16-bit ``out``; NaN stays NaN, overflow gives inf."""
     if out.dtype != bfloat16:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             out[...] = wide
         return
     bits = wide.view(np.uint32)

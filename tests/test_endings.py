@@ -1,0 +1,124 @@
+"""How a job ends: an error on one rank ends all of them, soon, and tells why once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from support.launch import Finished, mpirun
+
+RAISE = """
+import sys, time
+import numpy as np, mpizero
+world = mpizero.init()
+culprit = {culprit}
+if world.rank == culprit % world.size:
+    time.sleep(0.3)  # the others wait in the collective by now
+    print("raised at", time.time(), flush=True)
+    raise ValueError("the learning rate\\nis negative")
+{waiting}
+"""
+
+WAITING = {
+    "allreduce": "world.allreduce(np.ones(10))",
+    "large": "world.allreduce(np.ones(1_000_000, np.float32), algorithm='ring')",
+    "shared": "[world.allreduce(np.ones(99_999), algorithm='node_shared') for _ in range(9)]",
+    "handle": "world.allreduce(np.ones(10), asynchronous=True).wait()",
+    "nothing": "time.sleep(60)",
+}
+
+
+def run(n: int, program: str, **options: object) -> tuple[Finished, float]:
+    result = mpirun(n, program, timeout=60, **options)  # type: ignore[arg-type]
+    ended = time.time()
+    raised = re.search(r"raised at ([\d.]+)", result.stdout)
+    return result, ended - float(raised[1]) if raised else result.seconds
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+@pytest.mark.parametrize("culprit", [0, -1])
+def test_an_exception_on_one_rank_ends_the_job(culprit: int, waiting: str) -> None:
+    result, seconds = run(3, RAISE.format(culprit=culprit, waiting=WAITING[waiting]))
+    assert result.returncode != 0
+    assert seconds < 5
+    rank = culprit % 3
+    lines = [line for line in result.stderr.splitlines() if line.startswith("[rank ")]
+    assert all(line.startswith(f"[rank {rank}] ") for line in lines), lines
+    assert result.stderr.count("Traceback (most recent call last)") == 1
+    assert f"[rank {rank}] ValueError: the learning rate" in lines
+    assert f"[rank {rank}] is negative" in lines
+
+
+def test_an_error_that_all_ranks_raise_is_printed_once() -> None:
+    program = "import numpy as np, mpizero\nw = mpizero.init()\nw.allreduce(np.ones(3 + w.rank))\n"
+    result, _ = run(3, program)
+    assert result.returncode != 0
+    assert result.stderr.count("Traceback (most recent call last)") == 1
+    assert "[rank 0]   rank 2: allreduce(float64, shape (5,)" in result.stderr
+
+
+def test_a_normal_exit_stays_one() -> None:
+    program = (
+        "import sys, numpy as np, mpizero\nw = mpizero.init()\n"
+        "w.allreduce(np.ones(3), asynchronous=True).wait()\nsys.exit({})\n"
+    )
+    for status in ("", "0"):
+        result, _ = run(2, program.format(status))
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_failing_exit_of_one_rank_ends_the_job_with_its_status() -> None:
+    program = (
+        "import sys, time, mpizero\nw = mpizero.init()\n"
+        "if w.rank == 1:\n    print('raised at', time.time(), flush=True)\n    sys.exit(3)\n"
+        "w.barrier()\n"
+    )
+    result, seconds = run(3, program)
+    assert result.returncode == 3 and seconds < 5
+    assert "[rank 1] exited with status 3" in result.stderr
+
+
+def test_a_killed_rank_inside_a_shared_collective_ends_the_job() -> None:
+    program = (
+        "import os, signal, time, numpy as np, mpizero\nw = mpizero.init()\n"
+        "x = w.allocate(1 << 20, np.float32)\n"
+        "for step in range(10**9):\n"
+        "    if w.rank == 1 and step == 20:\n"
+        "        print('raised at', time.time(), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    w.allreduce(x, algorithm='node_shared')\n"
+    )
+    result, seconds = run(3, program)
+    assert result.returncode != 0 and seconds < 10
+
+
+def test_the_singleton_trap_stops_the_job() -> None:
+    environ = {**os.environ, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+    environ = {k: v for k, v in environ.items() if not k.startswith(("PMI", "MPIZERO"))}
+    result = subprocess.run(
+        [sys.executable, "-c", "import mpizero; mpizero.init()"],
+        capture_output=True, text=True, env=environ, timeout=60,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "every rank would train alone" in result.stderr
+
+
+def test_a_child_process_of_a_rank_is_refused() -> None:
+    program = (
+        "import multiprocessing as mp, mpizero\n"
+        "def child():\n"
+        "    try:\n        mpizero.init()\n"
+        "    except mpizero.LaunchError as error:\n        print('refused:', error, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    mpizero.init()\n"
+        "    p = mp.get_context('fork').Process(target=child)\n"
+        "    p.start(); p.join()\n"
+    )
+    result, _ = run(2, program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("refused: init() was called in a child process") == 2

@@ -1,0 +1,142 @@
+"""The gradient engine without a framework: numpy as an adapter by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mpizero
+from mpizero.engine import GradientReducer, ParameterSpec, Weight
+from mpizero.engine.buckets import cut_into_buckets
+
+ranks = pytest.mark.parallel([1, 2, 3, 4])
+several_ranks = pytest.mark.parallel([2, 3, 4])
+
+SHAPES = [(3,), (4, 5), (), (100_000,), (0,), (7,)]
+DTYPES = [np.float32, np.float64]
+
+
+def specs() -> list[ParameterSpec]:
+    return [
+        ParameterSpec(f"p{i}", shape, np.dtype(DTYPES[i % 2])) for i, shape in enumerate(SHAPES)
+    ]
+
+
+def make(world: mpizero.World, **options: object) -> GradientReducer:
+    return GradientReducer(world, specs(), world.allocate, **options)  # type: ignore[arg-type]
+
+
+def gradient(index: int, rank: int, step: int) -> np.ndarray:
+    rng = np.random.default_rng((index, rank, step))
+    return rng.integers(-8, 9, SHAPES[index]).astype(DTYPES[index % 2])
+
+
+def one_pass(
+    reducer: GradientReducer, rank: int, step: int, order: list[int], weight: Weight | None = None
+) -> list[bool]:
+    weight = weight or Weight()
+    reducer.open(weight, gradients_kept=False)
+    for index in order:
+        reducer.view(index)[...] = gradient(index, rank, step) * weight.value
+        reducer.ready(index)
+    return reducer.close([index in order for index in range(len(SHAPES))])
+
+
+@ranks
+@pytest.mark.parametrize("bucket_bytes", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_means_whatever_the_order_in_which_gradients_come(bucket_bytes: int, overlap: bool) -> None:
+    world = mpizero.init()
+    reducer = make(world, bucket_bytes=bucket_bytes, overlap=overlap)
+    for step in range(4):
+        order = np.random.default_rng((step, world.rank)).permutation(len(SHAPES)).tolist()
+        assert one_pass(reducer, world.rank, step, order) == [True] * len(SHAPES)
+        for index in range(len(SHAPES)):
+            every = [gradient(index, r, step) for r in range(world.size)]
+            # Whole numbers: the sum is exact, the division rounds once.
+            expected = (sum(every) / world.size).astype(every[0].dtype)
+            np.testing.assert_allclose(reducer.view(index), expected, rtol=1e-7)
+
+
+@ranks
+def test_unused_parameters_are_told_and_count_as_zero() -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    for step in range(3):
+        mine = [i for i in range(len(SHAPES)) if i != 1 and (i + world.rank) % 2]
+        used = one_pass(reducer, world.rank, step, mine)
+        for index in range(len(SHAPES)):
+            users = [r for r in range(world.size) if index != 1 and (index + r) % 2]
+            assert used[index] == bool(users)
+            if users:
+                expected = sum(gradient(index, r, step) for r in users) / world.size
+                np.testing.assert_allclose(reducer.view(index), expected, rtol=1e-6)
+
+
+@ranks
+def test_stated_weights() -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    everything = list(range(len(SHAPES)))
+    for step in range(3):
+        weights = [float((r + step) % 3) for r in range(world.size)]
+        total = sum(weights) or 1.0
+        one_pass(reducer, world.rank, step, everything, Weight(weights[world.rank], stated=True))
+        for index in everything:
+            expected = sum(w * gradient(index, r, step) for r, w in enumerate(weights)) / total
+            np.testing.assert_allclose(reducer.view(index), expected, rtol=1e-6, atol=1e-6)
+
+
+@several_ranks
+def test_shadows_take_part_until_nobody_is_active() -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    steps = 2 * world.rank
+    for step in range(steps):
+        one_pass(reducer, world.rank, step, list(range(len(SHAPES))))
+        active = [r for r in range(world.size) if step < 2 * r]
+        expected = sum(gradient(1, r, step) for r in active) / len(active)
+        np.testing.assert_allclose(reducer.view(1), expected, rtol=1e-6)
+    shadowed = 0
+    while reducer.shadow() is not None:
+        shadowed += 1
+    assert steps + shadowed == 2 * (world.size - 1)
+
+
+@several_ranks
+def test_parameters_that_differ_are_named() -> None:
+    world = mpizero.init()
+    own = specs()
+    if world.rank == 1:
+        own[3] = ParameterSpec("p3", (5,), np.dtype(np.float32))
+    with pytest.raises(mpizero.MismatchError, match=r"rank 1: p3: float32, shape \(5,\)"):
+        GradientReducer(world, own, world.allocate)
+
+
+@several_ranks
+def test_the_order_is_what_rank_zero_saw_first() -> None:
+    world = mpizero.init()
+    reducer = make(world, bucket_bytes=1)
+    generation = reducer.generation
+    order = [2, 0, 5, 1, 3, 4] if world.rank == 0 else [4, 3, 2, 1, 0, 5]
+    one_pass(reducer, world.rank, 0, order)
+    assert reducer.generation == generation + 1
+    firsts = [bucket.members[0] for bucket in reducer._buckets if bucket.layout.dtype == np.float32]
+    assert firsts[0] == 2
+    one_pass(reducer, world.rank, 1, order)
+    assert reducer.generation == generation + 1  # once
+
+
+def test_buckets_are_filled_by_dtype_and_size() -> None:
+    plan = [ParameterSpec(str(i), (10,), np.dtype(DTYPES[i % 2])) for i in range(8)]
+    buckets = cut_into_buckets(plan, range(7, -1, -1), first_bytes=80, bytes_each=120)
+    assert sorted(i for members in buckets for i in members) == list(range(8))
+    assert buckets[0] == (7,)  # the first one is full with 80 bytes
+    for members in buckets:
+        assert len({i % 2 for i in members}) == 1
+
+
+def test_weights_must_be_numbers_from_zero() -> None:
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(mpizero.ArgumentError, match="weight"):
+            Weight(value)
