@@ -206,7 +206,9 @@ def generate(model: GPT, prompt: bytes, count: int, seed: int) -> str:
         context = torch.tensor([tokens[-model.context :]], device=model.embed.weight.device)
         chances = F.softmax(model(context)[0, -1].cpu() / 0.8, dim=0)
         tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return bytes(tokens).decode(errors="replace")
+    text = bytes(tokens).decode(errors="replace")
+    # Not what would steer a terminal.
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def main() -> None:
