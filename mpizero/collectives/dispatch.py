@@ -47,7 +47,7 @@ class Dispatch:
         self._rank, self._size = comm.rank, comm.size
         self._device = device
         self._cuda_aware = cuda_aware
-        self._transport = MpiTransport(comm)
+        self._transport = MpiTransport(comm, device)
 
     def mark(self, arrays: Sequence[Any], stream: int | None = None) -> Any:
         """What the submitting thread has queued on ``arrays``' device, as an event to wait for.
@@ -127,7 +127,7 @@ class Dispatch:
     @cached_property
     def _algorithms(self) -> dict[str, Algorithm]:
         own: list[Algorithm] = [
-            Native(self.comm),
+            Native(self.comm, self._device),
             Ring(self._transport),
             HalvingDoubling(self._transport),
         ]
@@ -138,7 +138,7 @@ class Dispatch:
             leader = node.bcast(self._rank)
             levels = Levels.of(self.comm, leader, node.rank)
             threaded = thread_level() == "multiple"
-            own.append(Hierarchical(self.comm, levels, self._node_memory, threaded))
+            own.append(Hierarchical(self.comm, levels, self._node_memory, self._device, threaded))
         return {algorithm.name: algorithm for algorithm in own}
 
     def _find(

@@ -24,6 +24,7 @@ from mpizero.collectives.transport import MpiTransport, cut_evenly
 from mpizero.memory.dtypes import is_half
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.reduction import Operation
+from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ class Hierarchical(Algorithm):
     name = "hierarchical"
 
     def __init__(
-        self, comm: MPI.Intracomm, levels: Levels, memory: NodeMemory, threaded: bool
+        self,
+        comm: MPI.Intracomm,
+        levels: Levels,
+        memory: NodeMemory,
+        device: Device,
+        threaded: bool,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self._levels = levels
@@ -82,7 +88,7 @@ class Hierarchical(Algorithm):
         self._ring: TwoPhase | None = None
         self._halving: TwoPhase | None = None
         if levels.column is not None:
-            transport = MpiTransport(levels.column)
+            transport = MpiTransport(levels.column, device)
             self._ring, self._halving = Ring(transport), HalvingDoubling(transport)
         # The network's part of the pipeline; needs MPI_THREAD_MULTIPLE.
         self._network = ThreadPoolExecutor(1, "mpizero-network") if threaded else None

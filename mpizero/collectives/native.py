@@ -18,6 +18,7 @@ from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.arrays import empty_like
 from mpizero.memory.dtypes import as_bytes, is_half, kind_of
 from mpizero.reduction import Operation
+from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 class Native(Algorithm):
     name = "native"
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, device: Device) -> None:
         self._comm = comm
+        self._device = device
         self._mpi = load_mpi()
         self.rank, self.size = comm.rank, comm.size
 
@@ -37,6 +39,7 @@ class Native(Algorithm):
             self._all_reduce_half(array, op)
             return
         mpi_op, temporary = self._mpi_op(op, array.dtype)
+        self._device.settle(array)
         for piece in _pieces(array):
             self._comm.Allreduce(self._mpi.IN_PLACE, piece, mpi_op)
         if temporary:
@@ -51,6 +54,7 @@ class Native(Algorithm):
             return
         mpi_op, temporary = self._mpi_op(op, array.dtype)
         for piece, result in self._columns(array, out):
+            self._device.settle(piece, result)
             self._comm.Reduce_scatter_block(piece, result, mpi_op)
         if temporary:
             mpi_op.Free()
@@ -102,6 +106,7 @@ class Native(Algorithm):
         return created
 
     def _bytes(self, block: Any) -> list[Any]:
+        self._device.settle(block)
         return [as_bytes(block), self._mpi.BYTE]
 
     def _columns(self, wide: Any, narrow: Any) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mpizero.memory.dtypes import as_bytes
+from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ class Transport(Protocol):
 class MpiTransport:
     """Messages of bytes over an MPI communicator, cut where a count would overflow."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, device: Device) -> None:
         self._comm = comm
+        self._device = device
         self._mpi = load_mpi()
         self.rank = comm.rank
         self.size = comm.size
 
     def exchange(self, outgoing: Any, to: int | None, incoming: Any, source: int | None) -> None:
+        self._device.settle(outgoing, incoming)
         requests = []
         if source is not None:
             requests += [self._comm.Irecv(piece, source, _TAG) for piece in self._cut(incoming)]

@@ -69,6 +69,14 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Block until the communication streams are quiet (compute streams go on)."""
 
+    def settle(self, *arrays: object) -> None:
+        """Before MPI is handed ``arrays``: finish the kernels that still write or read them.
+
+        Those of a collective run on the communication stream; the caller's were waited for before.
+        """
+        if any(self.is_device_array(array) for array in arrays):
+            self.synchronize()
+
     @abstractmethod
     def empty(self, size: int, dtype: DTypeLike) -> Any:
         """An uninitialised 1-D array on this device."""
@@ -111,6 +119,9 @@ class HostDevice(Device):
         return nullcontext()
 
     def synchronize(self) -> None:
+        pass
+
+    def settle(self, *arrays: object) -> None:
         pass
 
     def empty(self, size: int, dtype: DTypeLike) -> Any:
