@@ -105,7 +105,7 @@ class Windows(Dataset[Tensor]):
 
 
 def parse() -> argparse.Namespace:
-    parser = option_parser(__doc__, steps=700)
+    parser = option_parser(__doc__, steps=600)
     parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="train on these")
     for name, default, what in (
         ("--layers", 4, "blocks"),

@@ -11,7 +11,6 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec, Weight
-from mpizero.engine.reducer import BUCKET_BYTES
 from mpizero_torch import batch_weight, tensors
 from mpizero_torch.gradients import GradientHooks
 from mpizero_torch.replicate import Buffers, broadcast_tensors
@@ -36,7 +35,7 @@ class DistributedDataParallel(nn.Module):
     module : the module; its parameters on one device, this rank's.
     world : the ranks; ``mz.init()``'s by default.
     broadcast_buffers : keep buffers as rank 0's.
-    bucket_cap_mb : size of a gradient bucket in MiB.
+    bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
     overlap : average while backward runs (where there are cores or a GPU for it) or at its end.
     device_ids, output_device, find_unused_parameters, gradient_as_bucket_view, static_graph :
         taken so that existing calls work; what they ask for is always so.
@@ -64,7 +63,7 @@ class DistributedDataParallel(nn.Module):
             raise ArgumentError(_NAME, "bucket_cap_mb", str(bucket_cap_mb), "a number > 0")
         self.world = world if world is not None else init()
         self.module = module
-        self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else BUCKET_BYTES
+        self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else None
         self._overlap = overlap
         self._synchronise = True
         self._stated: Weight | None = None

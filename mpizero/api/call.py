@@ -9,6 +9,7 @@ from typing import Any
 
 from mpizero.collectives.agreement import agree
 from mpizero.collectives.dispatch import Dispatch
+from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
@@ -38,11 +39,16 @@ class Caller:
     """
 
     def __init__(
-        self, group: Group, worker: Worker, cuda_aware: bool, node_memory: NodeMemory
+        self,
+        group: Group,
+        worker: Worker,
+        cuda_aware: bool,
+        node_memory: NodeMemory,
+        tuning: Tuning,
     ) -> None:
         self._alone = group.size == 1
-        self._blocking = Dispatch(group.comm, group.device, cuda_aware, node_memory)
-        self._background = Dispatch(group.background, group.device, cuda_aware, node_memory)
+        self._blocking = Dispatch(group.comm, group.device, cuda_aware, node_memory, tuning)
+        self._background = Dispatch(group.background, group.device, cuda_aware, node_memory, tuning)
         self._worker = worker
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpizero.api.call import Call, Caller
+from mpizero.collectives import tuning
 from mpizero.collectives.agreement import agree_on_items
 from mpizero.collectives.dispatch import Dispatch
 from mpizero.errors import ArgumentError
@@ -44,7 +45,10 @@ class World(Group):
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
         self._worker = Worker(overlaps(self), device.activate)
         self._node_memory = NodeMemory(self.node_comm)
-        self._caller = Caller(self, self._worker, self.cuda_awareness.enabled, self._node_memory)
+        self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
+        self._caller = Caller(
+            self, self._worker, self.cuda_awareness.enabled, self._node_memory, self.tuning
+        )
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness)

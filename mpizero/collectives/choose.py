@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from numpy.typing import DTypeLike
 
+from mpizero.collectives.tuning import Tuning, case
 from mpizero.memory.dtypes import is_half, kind_of
 
 # Small device reductions that MPI cannot do keep to few messages; large ones to few bytes.
@@ -25,17 +26,16 @@ class Place:
     on_device: bool
 
 
-def choose(collective: str, nbytes: int, dtype: DTypeLike, op: str | None, place: Place) -> str:
+def choose(
+    collective: str, nbytes: int, dtype: DTypeLike, op: str | None, place: Place, tuning: Tuning
+) -> str:
     """Name the algorithm that "auto" stands for."""
     if place.on_device:
         if op in ("max", "min") and kind_of(dtype) == "float" and not is_half(dtype):
             # MPI's own MAX and MIN may lose a NaN, and an operation of ours would run on the host.
             return "halving_doubling" if nbytes <= _SMALL_BYTES else "ring"
         return "native"
-    if not place.one_node:
+    if op is None:  # nothing to sum: MPI moves bytes as well as we do
         return "native"
-    if place.shared:
-        return "node_shared"
-    # MPI reaches the other ranks' private memory as fast as a detour through ours, except where it
-    # would have to send it to be summed by us.
-    return "node_shared" if op is not None and is_half(dtype) else "native"
+    # The table is of all-reduces; a reduce-scatter is half of one.
+    return tuning.algorithm(case(is_half(dtype), place.shared, place.one_node), nbytes) or "native"

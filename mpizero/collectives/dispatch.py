@@ -15,6 +15,7 @@ from mpizero.collectives.native import Native
 from mpizero.collectives.node_shared import SMALL_BYTES, NodeShared
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport
+from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.memory.staging import Run, fence, staged
@@ -40,7 +41,9 @@ class Dispatch:
         device: Device,
         cuda_aware: bool,
         node_memory: NodeMemory,
+        tuning: Tuning,
     ) -> None:
+        self._tuning = tuning
         self.comm = comm
         self._node_memory = node_memory
         self._one_node = node_memory.comm.size == comm.size
@@ -66,8 +69,11 @@ class Dispatch:
             return work()
 
     def lies_shared(self, arrays: Sequence[Any]) -> bool:
-        """Does the first array lie in node-shared memory on this rank? (False for small ones.)"""
-        if not arrays or self._size == 1 or arrays[0].nbytes <= SMALL_BYTES:
+        """Does the first array lie in memory that all ranks share? (False for small ones.)
+
+        False on several nodes, where one may have had no room to share while another had.
+        """
+        if not arrays or not self._one_node or arrays[0].nbytes <= SMALL_BYTES:
             return False
         return self._node_memory.find(arrays[0]) is not None
 
@@ -148,7 +154,9 @@ class Dispatch:
             return _ALONE
         if name == "auto":
             where = Place(self._one_node, shared, self._device.is_device_array(array))
-            name = choose(collective, array.nbytes, array.dtype, op, where)
+            name = choose(collective, array.nbytes, array.dtype, op, where, self._tuning)
+            if not self._algorithms[name].offers(collective):
+                name = "native"
         return self._algorithms[name]
 
     def _must_stage(self, array: Any) -> bool:

@@ -23,7 +23,6 @@ from mpizero.progress import Handle
 from mpizero.reduction.operation import SUM, mean_over
 
 FIRST_BUCKET_BYTES = 1 << 20
-BUCKET_BYTES = 25 << 20
 
 # What each rank tells the others when a reduced backward pass begins, summed over the ranks.
 _ACTIVE, _STATES, _WEIGHT, _BUFFERS_CHANGED = range(4)
@@ -43,7 +42,7 @@ class GradientReducer:
         specs: Sequence[ParameterSpec],
         allocate: Allocate,
         *,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
     ) -> None:
@@ -51,7 +50,7 @@ class GradientReducer:
         self._world = world
         self._specs = list(specs)
         self._allocate = allocate
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes = bucket_bytes or world.tuning.bucket_bytes
         self._overlap = overlap
         self._stream = stream
         self._ledger = WeightLedger(world.size)
