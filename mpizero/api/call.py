@@ -79,6 +79,10 @@ class Caller:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work)
 
+    def algorithms(self, collective: str) -> tuple[str, ...]:
+        """The algorithms that offer ``collective``."""
+        return self._blocking.able(collective)
+
     def check_algorithm(self, name: str, collective: str) -> None:
         """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""
         self._blocking.check(name, collective)

@@ -20,6 +20,7 @@ from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Handle, Worker, overlaps
 from mpizero.reduction import operation
 from mpizero.world import Device, Group
+from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -225,6 +226,15 @@ class World(Group):
             return run.comm.bcast(value, root)
 
         return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
+
+    def algorithms(self, collective: str) -> tuple[str, ...]:
+        """The algorithms that there are for a collective ("all_reduce", ...) in this world."""
+        return self._caller.algorithms(collective)
+
+    def native_allreduce(self, array: Any) -> Callable[[], None]:
+        """The MPI library's all-reduce of ``array``, in place, as mpi4py calls it: to compare."""
+        mpi = load_mpi()
+        return lambda: self.comm.Allreduce(mpi.IN_PLACE, array)
 
     def allocate(self, count: int, dtype: Any) -> Any:
         """A zeroed 1-D numpy array where the ranks of a node can reach it: reduced without copies.

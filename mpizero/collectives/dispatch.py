@@ -120,12 +120,16 @@ class Dispatch:
         else:
             self._find(algorithm, "all_to_all", array, None).all_to_all(array, out)
 
+    def able(self, collective: str) -> tuple[str, ...]:
+        """The algorithms that offer ``collective``."""
+        return tuple(name for name, each in self._algorithms.items() if each.offers(collective))
+
     def check(self, algorithm: str, collective: str) -> None:
         """Raise ArgumentError unless ``algorithm`` is "auto" or one that offers ``collective``."""
         if algorithm == "auto":
             return
-        able = [name for name, each in self._algorithms.items() if each.offers(collective)]
-        if algorithm not in ("auto", *able):
+        able = self.able(collective)
+        if algorithm not in able:
             function = f"{collective.replace('all_reduce', 'allreduce')}()"
             function = function.replace("all_gather", "allgather")
             raise ArgumentError(function, "algorithm", repr(algorithm), ", ".join(("auto", *able)))

@@ -1,0 +1,18 @@
+"""The command ``mpizero``: tools for operators, run alone or under ``mpirun``."""
+
+from __future__ import annotations
+
+import click
+
+from mpizero.cli.bench import bench
+from mpizero.cli.tune import tune
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mpizero")
+def main() -> None:
+    """Tools for training over MPI. Start the measuring ones with mpirun, srun, ..."""
+
+
+main.add_command(bench)
+main.add_command(tune)

@@ -1,0 +1,37 @@
+"""Timing collectives: what ``mpizero bench`` and ``mpizero tune`` share."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from mpizero.api import World
+
+
+def seconds_of(
+    world: World, works: Mapping[str, Callable[[], object]], budget: float
+) -> dict[str, float]:
+    """The median seconds of each work, all ranks taking part; the same numbers on every rank.
+
+    A sample counts from a barrier to the end on the slowest rank. The works take turns, so that
+    what disturbs the machine disturbs them alike. ``budget``: seconds for all of them together.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():  # buffers, connections, caches
+        work()
+    rounds, end = 3, time.perf_counter() + budget
+    done = 0
+    while done < rounds:
+        for name, work in works.items():
+            world.barrier()
+            start = time.perf_counter()
+            work()
+            samples[name].append(time.perf_counter() - start)
+        done += 1
+        # Rank 0's clock decides for all how many rounds there are.
+        rounds += world.broadcast_object(time.perf_counter() < end and done >= rounds)
+    slowest = world.allreduce(np.array([samples[name] for name in works]), "max")
+    return {name: statistics.median(row) for name, row in zip(works, slowest.tolist(), strict=True)}
