@@ -45,6 +45,7 @@ class Launch:
 
     python: str
     ranks: int
+    with_pure: bool = True
 
     @property
     def name(self) -> str:
@@ -54,7 +55,9 @@ class Launch:
     def command(self, arguments: Sequence[str]) -> list[str]:
         # Each MPI has its own idea of whether its ranks write to a terminal.
         color = "yes" if sys.stdout.isatty() else "no"
-        pytest = [self.python, "-m", "pytest", f"--color={color}", "-m", f"parallel[{self.ranks}]"]
+        # Tests that no MPI takes part in are run with one of them.
+        selected = f"parallel[{self.ranks}]" + ("" if self.with_pure else " and not pure")
+        pytest = [self.python, "-m", "pytest", f"--color={color}", "-m", selected]
         if self.ranks > 1:
             # Several ranks would write to one cache at once.
             pytest = [*mpirun_command(self.python, self.ranks), *pytest, "-p", "no:cacheprovider"]
@@ -131,8 +134,8 @@ def main() -> int:
     counts = [int(count) for count in options.ranks.split(",")]
 
     outcomes = [
-        run(Launch(str(Path(python).absolute()), ranks), arguments, options.timeout)
-        for python in options.pythons
+        run(Launch(str(Path(python).absolute()), ranks, number == 0), arguments, options.timeout)
+        for number, python in enumerate(options.pythons)
         for ranks in counts
     ]
     print("\n>>> all launches")

@@ -17,6 +17,8 @@ from mpizero.reduction import operation
 from support.cases import assert_close, reductions, values
 from support.in_memory import InMemoryTransport, run_ranks
 
+pytestmark = pytest.mark.pure
+
 algorithms = pytest.mark.parametrize("kind", [Ring, HalvingDoubling])
 sizes = st.integers(2, 33)
 

@@ -13,6 +13,8 @@ from mpizero.reduction import operation
 from mpizero.reduction.half import narrow, widen
 from mpizero.reduction.operation import BLOCK, mean_over
 
+pytestmark = pytest.mark.pure
+
 HALVES = [np.float16, ml_dtypes.bfloat16]
 
 

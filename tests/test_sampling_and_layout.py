@@ -11,6 +11,8 @@ from mpizero.errors import ArgumentError
 from mpizero.layout import ALIGNMENT_BYTES, FlatLayout
 from mpizero.sampling import ShardedBatches, Share
 
+pytestmark = pytest.mark.pure
+
 
 @given(
     count=st.integers(0, 200),
