@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 
 from mpizero.errors import ArgumentError
-from mpizero.reduction import operation
-from mpizero.reduction.half import narrow, widen
+from mpizero.reduction import half, operation
+from mpizero.reduction.half import Conversion
 from mpizero.reduction.operation import BLOCK, mean_over
+from mpizero_torch import half_kernels
+
+CONVERSIONS = [
+    *((dtype, conversion) for dtype, conversion in half.BUILT_IN.items()),
+    *((dtype, conversion) for dtype, conversion in half_kernels.TORCH.items()),
+]
+conversions = pytest.mark.parametrize(
+    ("dtype", "conversion"),
+    CONVERSIONS,
+    ids=["numpy-float16", "numpy-bfloat16", "torch-bfloat16", "torch-float16"],
+)
 
 pytestmark = pytest.mark.pure
 
@@ -22,31 +33,31 @@ def _every_value(dtype: Any) -> np.ndarray:
     return np.arange(65536, dtype=np.uint16).view(dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_widening_is_exact_for_every_value(dtype: Any) -> None:
+@conversions
+def test_widening_is_exact_for_every_value(dtype: Any, conversion: Conversion) -> None:
     every = _every_value(dtype)
-    np.testing.assert_array_equal(widen(every), every.astype(np.float32))
+    np.testing.assert_array_equal(conversion.widen(every), every.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_narrowing_gives_every_value_back(dtype: Any) -> None:
+@conversions
+def test_narrowing_gives_every_value_back(dtype: Any, conversion: Conversion) -> None:
     every = _every_value(dtype)
     out = np.empty_like(every)
-    narrow(widen(every), out)
+    conversion.narrow(conversion.widen(every), out)
     numbers = ~np.isnan(every.astype(np.float32))
     assert (out.view(np.uint16) == every.view(np.uint16))[numbers].all()
     assert np.isnan(out.astype(np.float32))[~numbers].all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_narrowing_rounds_to_nearest_even(dtype: Any) -> None:
+@conversions
+def test_narrowing_rounds_to_nearest_even(dtype: Any, conversion: Conversion) -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 300_000, dtype=np.uint64).astype(np.uint32)
     ties = np.arange(65536, dtype=np.uint32) << 16 | 0x8000  # halfway between two bfloat16s
     special = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 3.4e38, 65519.9, 65520, 1e-45], "f4")
     wide = np.concatenate([bits.view(np.float32), ties.view(np.float32), special])
     out = np.empty(wide.size, dtype)
-    narrow(wide, out)
+    conversion.narrow(wide, out)
     with np.errstate(all="ignore"):
         expected = wide.astype(dtype)  # ml_dtypes and numpy, one number at a time
     np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))

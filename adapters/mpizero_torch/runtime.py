@@ -9,6 +9,7 @@ import torch
 
 import mpizero
 from mpizero import World
+from mpizero_torch import half_kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,6 +25,7 @@ def init(comm: MPI.Intracomm | None = None) -> World:
     fight for them. Raises what ``mpizero.init`` raises.
     """
     world = mpizero.init(comm)
+    half_kernels.register()
     if world.device.kind == "cuda" and world.device.index is not None:
         torch.cuda.set_device(world.device.index)
     _share_cores(world)
