@@ -47,8 +47,11 @@ class Caller:
         tuning: Tuning,
     ) -> None:
         self._alone = group.size == 1
-        self._blocking = Dispatch(group.comm, group.device, cuda_aware, node_memory, tuning)
-        self._background = Dispatch(group.background, group.device, cuda_aware, node_memory, tuning)
+        crowded = group.cores_per_rank < 1
+        self._blocking, self._background = (
+            Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
+            for comm in (group.comm, group.background)
+        )
         self._worker = worker
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:

@@ -42,7 +42,9 @@ class Dispatch:
         cuda_aware: bool,
         node_memory: NodeMemory,
         tuning: Tuning,
+        crowded: bool,
     ) -> None:
+        self._crowded = crowded  # more ranks than cores on this node
         self._tuning = tuning
         self.comm = comm
         self._node_memory = node_memory
@@ -142,13 +144,17 @@ class Dispatch:
             HalvingDoubling(self._transport),
         ]
         if self._one_node:
-            own.append(NodeShared(self.comm, self._node_memory))
+            own.append(NodeShared(self.comm, self._node_memory, self._crowded))
         else:
             node = self._node_memory.comm
             leader = node.bcast(self._rank)
             levels = Levels.of(self.comm, leader, node.rank)
             threaded = thread_level() == "multiple"
-            own.append(Hierarchical(self.comm, levels, self._node_memory, self._device, threaded))
+            own.append(
+                Hierarchical(
+                    self.comm, levels, self._node_memory, self._device, self._crowded, threaded
+                )
+            )
         return {algorithm.name: algorithm for algorithm in own}
 
     def _find(

@@ -80,11 +80,12 @@ class Hierarchical(Algorithm):
         levels: Levels,
         memory: NodeMemory,
         device: Device,
+        crowded: bool,
         threaded: bool,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self._levels = levels
-        self._node = NodeShared(levels.node, memory)
+        self._node = NodeShared(levels.node, memory, crowded)
         self._ring: TwoPhase | None = None
         self._halving: TwoPhase | None = None
         if levels.column is not None:

@@ -11,6 +11,7 @@ Ordering: a barrier orders the ranks, MPI_Win_sync on both sides of it their loa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ SLOT_BYTES = 1 << 20
 # Three slots in turn, for the three chunks that an all-reduce has under way. Whoever is a barrier
 # ahead then writes where nobody reads any more.
 _SLOTS = 3
-_HEADER_BYTES = 64
+# Before them: where an array lies (two integers), and how many barriers this rank has come to.
+_HEADER_BYTES = 128
+_COUNTER = slice(64, 72)
 
 # Up to this size a second barrier costs more than combining the whole array on every rank.
 SMALL_BYTES = 32 << 10
@@ -40,9 +43,11 @@ SMALL_BYTES = 32 << 10
 class NodeShared(Algorithm):
     name = "node_shared"
 
-    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory) -> None:
+    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, crowded: bool) -> None:
         self._comm = comm
         self._memory = memory
+        self._crowded = crowded  # more ranks than cores
+        self._arrivals = 0
         self.rank, self.size = comm.rank, comm.size
         self._scratch: Window | None = None
         self._turn = 0
@@ -161,5 +166,21 @@ class NodeShared(Algorithm):
         """Wait for the node's ranks; what each has stored before, all see after."""
         window = self._scratch_window()
         window.sync()
-        self._comm.Barrier()
+        if self._crowded:
+            self._yielding_barrier(window)
+        else:
+            self._comm.Barrier()
         window.sync()
+
+    def _yielding_barrier(self, window: Window) -> None:
+        """Count arrivals in shared memory, and give the core away while others have not come.
+
+        MPI's barriers spin: where ranks outnumber cores, a rank that waits burns the time slice of
+        the one that it waits for (4 ranks on 2 cores, MPICH: 3 ms instead of 0.02 ms).
+        """
+        self._arrivals += 1
+        counters = [part[_COUNTER].view(np.int64) for part in window.parts]
+        counters[self.rank][0] = self._arrivals  # aligned 8 bytes: stored at once
+        for counter in counters:
+            while counter[0] < self._arrivals:
+                os.sched_yield()
