@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -188,11 +188,17 @@ class DistributedDataParallel(nn.Module):
         if self._hooks is None or not self._hooks.parameters_are([p for _, p in trainable]):
             if self._hooks is not None:
                 self._hooks.remove()
-            self._hooks = GradientHooks(self, trainable, self._make_reducer(trainable))
-        if batch_weight.current(self._stated).value != 1.0:
+            self._hooks = GradientHooks(
+                self, trainable, lambda fill: self._make_reducer(trainable, fill)
+            )
+        if self._stated is not None or batch_weight.current().value != 1.0:
             self._hooks.scale_gradients()
 
-    def _make_reducer(self, trainable: list[tuple[str, nn.Parameter]]) -> GradientReducer:
+    def _make_reducer(
+        self,
+        trainable: list[tuple[str, nn.Parameter]],
+        fill: Callable[[Sequence[int]], None],
+    ) -> GradientReducer:
         devices = {parameter.device for _, parameter in trainable}
         if len(devices) > 1:
             raise ArgumentError(
@@ -209,6 +215,7 @@ class DistributedDataParallel(nn.Module):
             bucket_bytes=self._bucket_bytes,
             overlap=self._overlap,
             stream=lambda: tensors.current_stream(device),
+            fill=fill,
         )
 
 

@@ -31,18 +31,21 @@ class Owner(Protocol):
 
 
 class GradientHooks:
-    """Watches ``named`` parameters' gradients come, and has ``reducer`` average them."""
+    """Watches ``named`` parameters' gradients come, and has a reducer average them.
+
+    ``make_reducer`` is given what fills gradients into the reducer's views.
+    """
 
     def __init__(
         self,
         owner: Owner,
         named: Sequence[tuple[str, nn.Parameter]],
-        reducer: GradientReducer,
+        make_reducer: Callable[[Callable[[Sequence[int]], None]], GradientReducer],
     ) -> None:
         self._owner = owner
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        self._reducer = reducer
+        self._reducer = make_reducer(self._fill)
         self._in_backward = False
         self._weight = Weight()
         self._scales = False
@@ -116,16 +119,17 @@ class GradientHooks:
         return gradient * self._weight.value
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
+        # Called once per parameter and step, hundreds of times: nothing here that can wait.
         def accumulated(parameter: torch.Tensor) -> None:
-            self._begin(first=index)
-            self._place(index)
-            if self._reducer.is_open:
-                self._reducer.ready(index)
+            if not self._in_backward:
+                self._begin()
+            ready(index)
 
+        ready = self._reducer.ready
         return accumulated
 
-    def _begin(self, first: int | None = None) -> None:
-        """Enter a backward pass, once; ``first`` is the parameter accumulated already, if any."""
+    def _begin(self) -> None:
+        """Enter a backward pass, once."""
         if self._in_backward:
             return
         self._in_backward = True
@@ -139,9 +143,11 @@ class GradientHooks:
                 f"{self._weight.value}, after a forward of the inner module",
                 "weights other than 1 where the wrapped module's own forward is called",
             )
-        kept = any(
-            parameter.grad is not None and (index != first or parameter.grad is self._views[index])
-            for index, parameter in enumerate(self._parameters)
+        # Kept gradients matter to stated weights only, which they carry; gradients are then seen
+        # before they are accumulated (``_on_incoming``), so what is there is from earlier passes.
+        kept = not self._weight.stated or any(
+            parameter.grad is not None and bool(parameter.grad.any())
+            for parameter in self._parameters
         )
         if not self._owner._synchronise:
             self._reducer.accumulate(self._weight, kept)
@@ -157,32 +163,36 @@ class GradientHooks:
         if not self._reducer.is_open:
             return
         self.steps += 1
-        for index, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
-                self._place(index)
         has_gradient = [parameter.grad is not None for parameter in self._parameters]
         self._take_over(self._reducer.close(has_gradient))
         self._sync_buffers(active=True)
 
-    @torch.no_grad()
-    def _place(self, index: int) -> None:
-        """Make the parameter's gradient the view of its bucket, if it is not already."""
-        parameter, view = self._parameters[index], self._views[index]
-        gradient = parameter.grad
-        if gradient is view or gradient is None:
-            return
-        if gradient.is_sparse or gradient.requires_grad:
-            given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
-            raise ArgumentError(
-                "backward()",
-                "gradient",
-                f"{given} for parameter '{self._names[index]}'",
-                "dense gradients without a graph of their own",
-            )
-        # The first gradient of a step arrives in memory of autograd's own; one copy, where
-        # accumulating into zeroed buckets would read and write them twice more.
-        view.copy_(gradient)
-        parameter.grad = view
+    def _fill(self, members: Sequence[int]) -> None:
+        """Make the gradients of a bucket's parameters its views, where they are not already.
+
+        The first gradients of a step arrive in memory of autograd's own: one copy, for a whole
+        bucket in one call, where accumulating into zeroed buckets would read and write them twice
+        more.
+        """
+        views, gradients = [], []
+        for index in members:
+            parameter, view = self._parameters[index], self._views[index]
+            gradient = parameter.grad
+            if gradient is view or gradient is None:
+                continue
+            if gradient.is_sparse or gradient.requires_grad:
+                given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
+                raise ArgumentError(
+                    "backward()",
+                    "gradient",
+                    f"{given} for parameter '{self._names[index]}'",
+                    "dense gradients without a graph of their own",
+                )
+            views.append(view)
+            gradients.append(gradient)
+            parameter.grad = view
+        if views:
+            torch._foreach_copy_(views, gradients)
 
     def _take_over(self, anywhere: list[bool]) -> None:
         """Let ``.grad`` be the averaged view, or None where no rank has a gradient."""

@@ -32,8 +32,10 @@ class GradientReducer:
     """Buckets for the gradients of ``specs``, and their reduction over ``world``.
 
     ``allocate(count, dtype)`` gives zeroed flat memory where gradients shall lie. ``stream()`` is
-    the raw CUDA stream on which device gradients have been computed. Making a reducer is
-    collective: parameters that differ between the ranks raise MismatchError, naming the first.
+    the raw CUDA stream on which device gradients have been computed. ``fill(members)`` puts what
+    gradients there are of these parameters into their views, just before they are reduced. Making
+    a reducer is collective: parameters that differ between the ranks raise MismatchError, naming
+    the first.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class GradientReducer:
         bucket_bytes: int | None = None,
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
+        fill: Callable[[Sequence[int]], None] = lambda members: None,
     ) -> None:
         world.agree([str(spec) for spec in specs], "parameters")
         self._world = world
@@ -53,6 +56,7 @@ class GradientReducer:
         self._bucket_bytes = bucket_bytes or world.tuning.bucket_bytes
         self._overlap = overlap
         self._stream = stream
+        self._fill = fill
         self._ledger = WeightLedger(world.size)
         self._mean = mean_over(self._divisor)
         self._opening = np.zeros(4)
@@ -92,8 +96,11 @@ class GradientReducer:
         return bool(self._opening[_ACTIVE])
 
     def accumulate(self, weight: Weight, gradients_kept: bool) -> None:
-        """A backward pass begins whose gradients stay on this rank for now."""
-        gradients_kept = gradients_kept and self._any_gradient(weight)
+        """A backward pass begins whose gradients stay on this rank for now.
+
+        ``gradients_kept``: there are gradients, not all zero, from earlier passes, to which this
+        one adds.
+        """
         factor = self._ledger.open(weight, gradients_kept)
         self._stated = weight.stated
         if factor != 1.0:
@@ -101,15 +108,17 @@ class GradientReducer:
                 bucket.flat *= factor
 
     def open(self, weight: Weight, gradients_kept: bool, buffers_changed: bool = False) -> None:
-        """A backward pass begins whose gradients will be averaged over the ranks.
-
-        ``gradients_kept``: there are gradients from earlier passes to which this one adds.
-        """
+        """A backward pass begins whose gradients will be averaged, and kept ones with them."""
         self.accumulate(weight, gradients_kept)
         self._announce(1.0, float(weight.stated), self._ledger.local, float(buffers_changed))
 
     def ready(self, index: int) -> None:
-        """The gradient of parameter ``index``, times this rank's weight, lies in its view."""
+        """The gradient of parameter ``index``, times this rank's weight, is there to be filled in.
+
+        Outside ``open`` and ``close``: nothing to do, it stays on this rank.
+        """
+        if self._opening_handle is None:
+            return
         self._came[index] += 1
         self._arrivals.append(index)
         if not self._overlap or self._expected is None:
@@ -133,9 +142,10 @@ class GradientReducer:
         this returns, the views hold the mean over the ranks; the others are to be ignored.
         """
         for bucket in self._buckets[self._launched :]:
-            for at, index in enumerate(bucket.members):
-                bucket.used[at] = has_gradient[index]
-                if not has_gradient[index]:
+            used = [has_gradient[index] for index in bucket.members]
+            bucket.used[...] = np.asarray(used, bucket.layout.dtype)
+            for index, has in zip(bucket.members, used, strict=True):
+                if not has:
                     bucket.views[index][...] = 0
             self._launch(bucket)
         anywhere = self._collect()
@@ -176,6 +186,7 @@ class GradientReducer:
             self._launch(bucket)
 
     def _launch(self, bucket: Bucket) -> None:
+        self._fill(bucket.members)
         flat, mean = bucket.flat, self._mean
         bucket.handle = self._world.submit(
             lambda run, shared: run.all_reduce(flat, mean, shared=shared),
@@ -209,12 +220,6 @@ class GradientReducer:
         if stating and stating != self._opening[_ACTIVE]:
             mine = "stated a weight with weigh()" if self._stated else "stated no weight"
             self._world.agree([mine], "the weights of this step")
-
-    def _any_gradient(self, weight: Weight) -> bool:
-        """False if the buckets are all zero (only asked where a stated weight hangs on it)."""
-        if not weight.stated:
-            return True
-        return any(bool(bucket.views[i].any()) for bucket in self._buckets for i in bucket.members)
 
     def _learn(self) -> None:
         """After the first pass: how often each gradient comes, and in which order (rank 0's)."""
