@@ -13,6 +13,8 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``layout``         names and shapes in flat memory
 ``sampling``       which samples a rank trains on
 ``engine``         gradient buckets and their reduction, told by an adapter what is ready
+``measure``        timing collectives
+``cli``            the command ``mpizero``
 =================  ==============================================================================
 
 Importing this package does not start MPI; ``init()`` does.
