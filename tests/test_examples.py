@@ -1,0 +1,50 @@
+"""The examples run as users start them, and n ranks train what one process would."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.launch import ROOT, mpirun
+
+TINY_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--context", "32"]
+TINY_GPT += ["--text", str(ROOT / "mpizero/api/world.py")]
+
+# (program, options, the option for the batch size of a rank, one process's batch size)
+EXAMPLES = {
+    "gpt": ("train_gpt.py", TINY_GPT, 8),
+    "digits": ("train_digits.py", ["--sync-batch-norm"], 24),
+    "numpy": ("numpy_only.py", [], 32),
+}
+STEPS = 8
+
+
+def run(name: str, ranks: int, folder: Path) -> tuple[dict[str, Any], str]:
+    program, options, batch = EXAMPLES[name]
+    file, plot = folder / f"{ranks}.json", folder / f"{ranks}.png"
+    common = ["--steps", str(STEPS), "--seed", "3", "--json", str(file), "--plot", str(plot)]
+    size = ["--batch-size", str(batch // ranks)]
+    command = [str(ROOT / "examples" / program), *options, *size, *common]
+    result = mpirun(ranks, command, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    return json.loads(file.read_text()), result.stdout
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_two_ranks_train_what_one_process_does(name: str, tmp_path: Path) -> None:
+    alone, _ = run(name, 1, tmp_path)
+    together, said = run(name, 2, tmp_path)
+    assert [step["step"] for step in together["steps"]] == list(range(STEPS))
+    for ours, theirs in zip(together["steps"], alone["steps"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["seconds"] > 0 and ours["tokens_per_s"] > 0
+    assert together["final"] and set(together) == {"steps", "final"}
+    # Rank 0 alone speaks.
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == len(dict.fromkeys(lines)), said
+    assert sys.executable not in said
