@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import empty_like
 from mpizero.memory.dtypes import is_half, kind_of
 from mpizero.reduction.half import narrow, widen
 
@@ -65,15 +66,35 @@ class Operation:
 
         Works block by block, so that the running total stays in cache.
         """
-        for start in range(0, outs[0].size, BLOCK):
-            part = slice(start, start + BLOCK)
-            total = self.accumulator(rows[0][part])
-            for row in rows[1:]:
-                self.combine(total, widen(row[part]) if is_half(row.dtype) else row[part])
-            first = outs[0][part]
-            self.finish_into(total, first)
-            for out in outs[1:]:
-                out[part] = first
+        if outs[0].size == 0:
+            return
+        half = is_half(rows[0].dtype)
+        room = None if half else empty_like(rows[0], (min(BLOCK, rows[0].size),))
+        with np.errstate(all="ignore"):
+            for start in range(0, outs[0].size, BLOCK):
+                part = slice(start, start + BLOCK)
+                blocks = [row[part] for row in rows]
+                total = self._widened_total(blocks) if half else self._total(blocks, room)
+                first = outs[0][part]
+                self.finish_into(total, first)
+                for out in outs[1:]:
+                    out[part] = first
+
+    def _total(self, blocks: Sequence[Any], room: Any) -> Any:
+        total = room[: blocks[0].size]
+        if len(blocks) == 1:
+            total[...] = blocks[0]
+        else:
+            self.function(blocks[0], blocks[1], out=total)
+        for block in blocks[2:]:
+            self.function(total, block, out=total)
+        return total
+
+    def _widened_total(self, blocks: Sequence[Any]) -> Any:
+        total = widen(blocks[0])
+        for block in blocks[1:]:
+            self.function(total, widen(block), out=total)
+        return total
 
     def accumulator(self, block: Any) -> Any:
         """A copy of ``block`` that sums may be kept in: float32 for the 16-bit floats."""
