@@ -6,11 +6,11 @@ from __future__ import annotations
 class MpizeroError(Exception):
     """Root of everything that mpizero raises on its own account.
 
-    ``reported_by`` is the one rank whose traceback should be printed when every rank raises the
-    same error (each rank knows it), or None when the error belongs to the raising rank alone.
+    ``reported_elsewhere``: every rank of a group raises the same error, and another one than this
+    rank is to print its traceback.
     """
 
-    reported_by: int | None = None
+    reported_elsewhere: bool = False
 
 
 class LaunchError(MpizeroError, RuntimeError):

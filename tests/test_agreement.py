@@ -10,6 +10,7 @@ import pytest
 
 import mpizero
 from mpizero import ArgumentError, MismatchError, World
+from support.launch import mpirun
 
 several_ranks = pytest.mark.parallel([2, 3, 4])
 
@@ -124,3 +125,34 @@ def test_long_descriptions_name_the_first_difference() -> None:
         world.agree(items, "things")
     with pytest.raises(MismatchError, match="nothing more"):
         world.agree(["a"] * (3 if world.rank else 2), "things")
+
+
+# In a job of its own each: where the others are not told, they wait for ever.
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ('world.allreduce(np.ones(3), ["sum"])', "world.allreduce(np.ones(3))"),
+        ('world.broadcast(np.ones(3), root="0")', "world.broadcast(np.ones(3))"),
+        (
+            "world.allreduce(1.0, asynchronous=True)",
+            "world.allreduce(np.ones(()), asynchronous=True).wait()",
+        ),
+        ("world.split(-1)", "world.split(0)"),
+    ],
+)
+def test_others_hear_of_a_refusal_that_its_rank_survives(bad: str, good: str) -> None:
+    program = f"""
+        import numpy as np, mpizero
+        world = mpizero.init()
+        try:
+            {bad} if world.rank == 0 else {good}
+        except mpizero.MismatchError as error:
+            assert world.rank > 0 and "rank 0: refused" in str(error)
+            print("told")
+        except (mpizero.ArgumentError, TypeError):
+            assert world.rank == 0
+        assert world.allreduce(1) == world.size
+    """
+    result = mpirun(3, program, timeout=10)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("told") == 2

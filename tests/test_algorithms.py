@@ -164,3 +164,32 @@ def test_nan_is_passed_on(kind: type[TwoPhase], dtype: object, name: str) -> Non
 
     for result in run_ranks(5, program)[0]:
         assert np.isnan(result.astype(np.float32)).tolist() == [True] * 5 + [False] * 2
+
+
+@algorithms
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 7, 8, 13, 16, 31, 33])
+def test_nobody_waits_in_a_circle_when_sends_wait_for_their_receivers(
+    kind: type[TwoPhase], size: int
+) -> None:
+    op = operation("sum", np.float32, size, "test")
+    total = size * (size + 1) // 2
+
+    def program(transport: InMemoryTransport) -> None:
+        algorithm, mine = kind(transport), transport.rank + 1
+        for count in (2 * size + 1, 2):  # the second leaves most ranks without a block
+            array = np.full(count, mine, np.float32)
+            algorithm.all_reduce(array, op)
+            assert (array == total).all()
+        block, whole = np.empty(2, np.float32), np.empty(2 * size, np.float32)
+        algorithm.reduce_scatter(np.full(2 * size, mine, np.float32), block, op)
+        algorithm.all_gather(block, whole)
+        assert (whole == total).all()
+        for root in (0, size // 2, size - 1):
+            array = np.full(size + 1, mine, np.float32)
+            algorithm.broadcast(array, root)
+            assert (array == root + 1).all()
+        if isinstance(algorithm, Ring):
+            algorithm.all_to_all(np.full(2 * size, mine, np.float32), whole)
+            assert (whole == np.repeat(np.arange(size) + 1, 2)).all()
+
+    run_ranks(size, program, rendezvous=True)

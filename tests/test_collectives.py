@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array as stdlib_array
+import contextlib
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,10 @@ from pytest_mpi import parallel_assert
 import mpizero
 from mpizero import World
 from mpizero.collectives import transport
+from mpizero.collectives.halving_doubling import HalvingDoubling
+from mpizero.collectives.native import Native
+from mpizero.collectives.ring import Ring
+from mpizero.reduction import operation
 from support.cases import DTYPES, assert_close, reductions, shapes, values
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -91,6 +96,7 @@ def test_allreduce(
     tail=st.lists(st.integers(0, 4), max_size=2),
     algorithm=algorithm_names,
     layout=st.sampled_from(LAYOUTS),
+    out=st.booleans(),
     asynchronous=st.booleans(),
 )
 def test_scatter_gather_exchange(
@@ -99,6 +105,7 @@ def test_scatter_gather_exchange(
     tail: list[int],
     algorithm: str,
     layout: str,
+    out: bool,
     asynchronous: bool,
 ) -> None:
     world = mpizero.init()
@@ -109,16 +116,19 @@ def test_scatter_gather_exchange(
     x, block = laid_out(everyone[rank], layout), laid_out(everyone[rank][mine], layout)
     options: dict[str, Any] = {"algorithm": algorithm, "asynchronous": asynchronous}
     swap = algorithm if algorithm != "halving_doubling" else "auto"
+    lengths = (rows, size * rows, size * rows)
+    outs = [laid_out(np.zeros((n, *tail), dtype), layout) if out else None for n in lengths]
     results = [
-        world.reduce_scatter(x, op, **options),
-        world.allgather(block, **options),
-        world.all_to_all(x, **(options | {"algorithm": swap})),
+        world.reduce_scatter(x, op, out=outs[0], **options),
+        world.allgather(block, out=outs[1], **options),
+        world.all_to_all(x, out=outs[2], **(options | {"algorithm": swap})),
     ]
     if asynchronous:
         results = [handle.wait() for handle in results]
     scattered, gathered, exchanged = results
 
     def check() -> None:
+        assert not out or all(got is its for got, its in zip(results, outs, strict=True))
         assert_close(scattered, [e[mine] for e in everyone], op)
         blocks = [e[r * rows : (r + 1) * rows] for r, e in enumerate(everyone)]
         np.testing.assert_array_equal(gathered, np.concatenate(blocks))
@@ -294,3 +304,94 @@ def test_out_of_another_form_is_refused() -> None:
     if world.size > 1:
         with pytest.raises(mpizero.ArgumentError, match="memory of x"):
             world.all_to_all(x, out=x)
+
+
+class Spy:
+    """A communicator that notes the bytes of each message it is given."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.nbytes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._comm, name)
+
+        def noting(*arguments: Any) -> Any:
+            for argument in arguments:
+                buffer = argument[0] if isinstance(argument, list) else argument
+                if isinstance(buffer, np.ndarray):
+                    self.nbytes.append(buffer.nbytes)
+            return method(*arguments)
+
+        return noting
+
+
+@several_ranks
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.complex128])
+def test_no_message_is_above_the_largest(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_MESSAGE_BYTES", 64)
+    world = mpizero.init()
+    spy = Spy(world.comm)
+    ends: Any = transport.MpiTransport(spy, world.device)  # type: ignore[arg-type]
+    for each in (Native(spy, world.device), Ring(ends), HalvingDoubling(ends)):  # type: ignore[arg-type]
+        op = operation("sum", np.dtype(dtype), world.size, "test")
+        wide, block = np.ones(world.size * 37, dtype), np.empty(37, dtype)
+        each.reduce_scatter(wide, block, op)
+        each.all_gather(block, wide)
+        assert (wide == world.size).all()
+        each.all_reduce(wide, op)
+        each.broadcast(wide, world.size - 1)
+        if each.offers("all_to_all"):
+            each.all_to_all(wide, np.empty_like(wide))
+        assert spy.nbytes and max(spy.nbytes) <= 64
+        spy.nbytes.clear()
+
+
+@several_ranks
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blocking_calls_beside_a_thread_that_communicates(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIZERO_PROGRESS", "thread")
+    world = mpizero.init().split(0)
+    assert world is not None and world.overlaps
+    total = sum(range(world.size))
+    arrays, handles = [], []
+    for number, count in enumerate((10, 3000, 300_000) * 2):
+        allocate = world.allocate if number % 2 else np.zeros
+        array = allocate(count, np.float32)
+        array[...] = world.rank + number
+        arrays.append(array)
+        handles.append(world.allreduce(array, asynchronous=True, algorithm=algorithm))
+        blocking = world.allreduce(np.full(count, world.rank, np.float16), algorithm=algorithm)
+        assert (blocking == total).all()
+    for number, (array, handle) in enumerate(zip(arrays, handles, strict=True)):
+        handle.wait()
+        assert (array == total + number * world.size).all()
+    world.close()
+
+
+@ranks
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_cannot_be_summed_can_be_moved(algorithm: str) -> None:
+    world = mpizero.init()
+    for mine in (
+        np.array(["2020-01-01", "2021-06-30"], "M8[D]") + world.rank,
+        np.array([(world.rank, 0.5)], [("a", "i4"), ("b", "f8")]),
+        np.array([f"r{world.rank}", "x"]),
+    ):
+        everyone = np.concatenate(world.gather_objects(mine))
+        assert (world.allgather(mine, algorithm=algorithm) == everyone).all()
+        with pytest.raises(mpizero.ArgumentError, match="op"):
+            world.allreduce(mine)
+
+
+@ranks
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", ["f4", "i8", "f2"])
+def test_foreign_byte_order_is_summed_or_refused(algorithm: str, dtype: str) -> None:
+    world = mpizero.init()
+    x = np.arange(3).astype(np.dtype(dtype).newbyteorder())
+    with contextlib.suppress(mpizero.ArgumentError):
+        world.allreduce(x, algorithm=algorithm)
+        assert (x.astype(float) == np.arange(3) * world.size).all()

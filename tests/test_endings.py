@@ -122,3 +122,61 @@ def test_a_child_process_of_a_rank_is_refused() -> None:
     result, _ = run(2, program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("refused: init() was called in a child process") == 2
+
+
+def test_an_error_that_a_sub_world_raises_is_printed_once() -> None:
+    program = (
+        "import numpy as np, mpizero\nw = mpizero.init()\n"
+        "part = w.split(0 if w.rank == 0 else 1)\n"  # ranks 1 and 2: 0 and 1 of their world
+        "if w.rank > 0:\n    part.allreduce(np.ones(3 + w.rank))\nw.barrier()\n"
+    )
+    result, _ = run(3, program)
+    assert result.returncode != 0
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
+    assert "[rank 1]   rank 1: allreduce(float64, shape (5,)" in result.stderr
+
+
+def test_an_error_that_the_reporting_rank_survives_is_printed() -> None:
+    program = (
+        "import numpy as np, mpizero\nw = mpizero.init()\n"
+        "try:\n    w.allreduce(np.ones(3 + w.rank))\n"
+        "except mpizero.MismatchError:\n    if w.rank == 1:\n        raise\n"
+        "w.barrier()\n"
+    )
+    result, _ = run(3, program)
+    assert result.returncode != 0
+    assert "[rank 1]   rank 2: allreduce(float64, shape (5,)" in result.stderr
+
+
+def test_an_exception_beside_a_thread_that_communicates_ends_the_job() -> None:
+    program = RAISE.format(culprit=1, waiting=WAITING["handle"])
+    result, seconds = run(3, program, env={"MPIZERO_PROGRESS": "thread"})
+    assert result.returncode != 0 and seconds < 5
+    assert "[rank 1] ValueError: the learning rate" in result.stderr
+
+
+@pytest.mark.parametrize(("leave", "status"), [("exit(3)", 3), ("sys.exit('no data')", 1)])
+def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
+    program = (
+        "import sys, time, mpizero\nw = mpizero.init()\n"
+        f"if w.rank == 1:\n    print('raised at', time.time(), flush=True)\n    {leave}\n"
+        "w.barrier()\n"
+    )
+    result = mpirun(3, program, timeout=10)
+    assert result.returncode == status
+    assert ("no data" in result.stderr) == ("data" in leave)
+
+
+@pytest.mark.parametrize(
+    "survived",
+    [
+        "try:\n    sys.exit(2)\nexcept SystemExit as error:\n    assert error.code == 2\n",
+        "t = threading.Thread(target=sys.exit, args=(2,))\nt.start()\nt.join()\n",
+    ],
+    ids=["caught", "of a thread"],
+)
+def test_an_exit_that_the_program_survives_is_none(survived: str) -> None:
+    program = f"import sys, threading, mpizero\nw = mpizero.init()\n{survived}w.barrier()\n"
+    result, _ = run(2, program)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -140,3 +141,102 @@ def test_weights_must_be_numbers_from_zero() -> None:
     for value in (-1.0, float("nan"), float("inf")):
         with pytest.raises(mpizero.ArgumentError, match="weight"):
             Weight(value)
+
+
+@ranks
+@pytest.mark.parametrize("stated", [False, True])
+def test_accumulated_passes_are_averaged_as_one(stated: bool) -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    everything = list(range(len(SHAPES)))
+
+    def weight(rank: int, micro: int) -> float:
+        return float(1 + (rank + micro) % 3) if stated else 1.0
+
+    for step in range(3):
+        for micro in range(3):
+            mine = Weight(weight(world.rank, micro), stated)
+            begin = reducer.open if micro == 2 else reducer.accumulate
+            begin(mine, gradients_kept=micro > 0)
+            for index in everything:
+                view = reducer.view(index)
+                view *= float(micro > 0)
+                view += gradient(index, world.rank, 3 * step + micro) * mine.value
+                if micro == 2:
+                    reducer.ready(index)
+        assert all(reducer.close([True] * len(SHAPES)))
+        pairs = [(r, micro) for r in range(world.size) for micro in range(3)]
+        divisor = sum(weight(*pair) for pair in pairs) if stated else world.size
+        for index in everything:
+            # Whole numbers times whole weights: sums are exact, the division rounds once.
+            total = sum(weight(r, m) * gradient(index, r, 3 * step + m) for r, m in pairs)
+            np.testing.assert_allclose(reducer.view(index), total / divisor, rtol=1e-6)
+
+
+@ranks
+def test_a_rank_with_weight_zero_counts_for_nothing() -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    idle = world.size - 1 if world.size > 1 else None
+    for step in range(3):
+        mine = Weight(0.0 if world.rank == idle else 4.0, stated=True)
+        one_pass(reducer, world.rank, step, list(range(len(SHAPES))), mine)
+        busy = [r for r in range(world.size) if r != idle]
+        expected = sum(gradient(1, r, step) for r in busy) / len(busy)
+        np.testing.assert_allclose(reducer.view(1), expected, rtol=1e-7)
+
+
+@ranks
+@pytest.mark.parametrize(("dtype", "big"), [(np.float16, 2048.0), (ml_dtypes.bfloat16, 256.0)])
+def test_sixteen_bit_gradients_are_summed_in_float32(dtype: type, big: float) -> None:
+    world = mpizero.init()
+    reducer = GradientReducer(world, [ParameterSpec("p", (3,), np.dtype(dtype))], world.allocate)
+    for _ in range(2):
+        reducer.open(Weight(), gradients_kept=False)
+        # In 16 bits, big + 1 is big: from three ranks on, the mean would show it.
+        reducer.view(0)[...] = big if world.rank == 0 else 1.0
+        reducer.ready(0)
+        assert reducer.close([True]) == [True]
+        exact = np.float32((big + world.size - 1) / world.size)
+        assert (reducer.view(0) == exact.astype(dtype)).all()
+
+
+@ranks
+def test_many_small_parameters_and_a_large_one() -> None:
+    world = mpizero.init()
+    shapes = [(3,)] * 300 + [(1_000_000,)] + [(2, 2)] * 300
+    plan = [ParameterSpec(str(i), shape, np.dtype("f4")) for i, shape in enumerate(shapes)]
+    reducer = GradientReducer(world, plan, world.allocate, bucket_bytes=4096)
+    for _ in range(2):
+        reducer.open(Weight(), gradients_kept=False)
+        for index in reversed(range(len(shapes))):
+            reducer.view(index)[...] = index + world.rank
+            reducer.ready(index)
+        assert all(reducer.close([True] * len(shapes)))
+        rest = (world.size - 1) / 2
+        # Below 2^24 float32 holds index + rest exactly; dividing by three ranks rounds once.
+        for index in range(len(shapes)):
+            np.testing.assert_allclose(reducer.view(index), index + rest, rtol=1e-6)
+
+
+@ranks
+def test_a_gradient_that_comes_after_its_bucket_left_is_an_error() -> None:
+    world = mpizero.init()
+    reducer = GradientReducer(world, [ParameterSpec("late", (2,), np.dtype("f4"))], world.allocate)
+    for times in (1, 2):  # the first pass teaches that it comes once
+        reducer.open(Weight(), gradients_kept=False)
+        reducer.view(0)[...] = 1
+        reducer.ready(0)
+        if times == 2:
+            with pytest.raises(mpizero.MismatchError, match=r"'late'.*2 times.*overlap=False"):
+                reducer.ready(0)
+        reducer.close([True])
+
+
+@several_ranks
+def test_weights_stated_by_some_ranks_only_are_an_error() -> None:
+    world = mpizero.init()
+    reducer = make(world)
+    own = Weight(2.0, stated=True) if world.rank == 1 else Weight()
+    with pytest.raises(mpizero.MismatchError, match="rank 1: stated a weight"):
+        one_pass(reducer, world.rank, 0, list(range(len(SHAPES))), own)

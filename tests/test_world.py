@@ -11,6 +11,7 @@ from mpi4py import MPI
 import mpizero
 from mpizero.errors import LaunchError
 from mpizero.world.launcher import read_launch, refuse_singleton
+from support.launch import mpirun
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 
@@ -83,6 +84,11 @@ LAUNCHES = {
         {"SLURM_NTASKS": "8", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
         (1, 2, None),
     ),
+    "mvapich": (
+        {"MV2_COMM_WORLD_RANK": "2", "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "0"},
+        (2, 4, 0),
+    ),
+    "nonsense": ({"PMI_RANK": "one", "PMI_SIZE": "many"}, None),
     "jsrun": ({"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "6"}, (1, 6, None)),
     "pals": (
         {"PALS_RANKID": "1", "PALS_SIZE": "2", "PALS_LOCAL_RANKID": "0"},
@@ -135,3 +141,37 @@ def test_importing_starts_nothing() -> None:
         "print(sorted({'torch', 'cupy', 'mpi4py.MPI', 'matplotlib', 'rich'} & set(sys.modules)))"
     )
     assert _fresh_python(program).strip() == "[]"
+
+
+@pytest.mark.parallel([2, 3, 4])
+def test_a_freed_communicators_world_is_not_given_to_the_next() -> None:
+    # MPI gives a freed communicator's handle to the next one that is made.
+    for color in (MPI.COMM_WORLD.rank, 0, MPI.COMM_WORLD.rank % 2):
+        comm = MPI.COMM_WORLD.Split(color)
+        world = mpizero.init(comm)
+        assert (world.rank, world.size) == (comm.rank, comm.size)
+        assert world.allreduce(1) == comm.size
+        comm.Free()
+
+
+def _thread_level(**environ: str) -> str:
+    program = (
+        "import mpizero\n"
+        "try:\n    world = mpizero.init()\n"
+        "except mpizero.ArgumentError as error:\n    print(error)\n"
+        "else:\n    print(world.thread_level, world.overlaps)\n"
+    )
+    result = mpirun(1, program, env=environ)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_thread_level_is_the_environments() -> None:
+    # The MPI may grant more than was asked for, but then the thread is not forced upon it.
+    assert _thread_level(MPIZERO_PROGRESS="thread") == "multiple True"
+    assert _thread_level(MPIZERO_PROGRESS="inline") == "multiple False"
+    assert _thread_level(MPIZERO_THREAD_LEVEL="serialized") == "serialized False"
+    refused = _thread_level(MPIZERO_THREAD_LEVEL="funneled", MPIZERO_PROGRESS="thread")
+    assert "MPIZERO_PROGRESS" in refused and "'funneled'" in refused
+    assert "single, funneled" in _thread_level(MPIZERO_THREAD_LEVEL="many")
+    assert "auto, thread, inline" in _thread_level(MPIZERO_PROGRESS="fast")

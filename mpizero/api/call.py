@@ -10,7 +10,7 @@ from typing import Any
 from mpizero.collectives.agreement import agree
 from mpizero.collectives.dispatch import Dispatch
 from mpizero.collectives.tuning import Tuning
-from mpizero.errors import ArgumentError, MismatchError
+from mpizero.errors import MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
@@ -62,7 +62,7 @@ class Caller:
         """
         try:
             call = prepare()
-        except ArgumentError as error:
+        except Exception as error:
             self._refuse(f"refused: {error}", asynchronous)
             raise
         return self.start(call, asynchronous)

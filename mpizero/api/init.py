@@ -17,7 +17,8 @@ from mpizero.world.startup import load_mpi, start_mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_worlds: dict[int, World] = {}
+_worlds: list[World] = []
+_keyval: int | None = None  # under which a communicator knows its World, until it is freed
 _device: Device | None = None
 
 
@@ -39,14 +40,18 @@ def init(comm: MPI.Intracomm | None = None) -> World:
     mpi = load_mpi()
     if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
         raise ArgumentError("init()", "comm", repr(comm), "None or an mpi4py intracommunicator")
-    key = comm.handle if hasattr(comm, "handle") else mpi._handleof(comm)
-    if key not in _worlds:
+    global _keyval
+    if _keyval is None:
+        _keyval = mpi.Comm.Create_keyval()
+    world: World | None = comm.Get_attr(_keyval)
+    if world is None:
         world = World(comm, device)
         install_abort_hooks(world.comm)
         if not _worlds:
             atexit.register(_leave)
-        _worlds[key] = world
-    return _worlds[key]
+        _worlds.append(world)
+        comm.Set_attr(_keyval, world)
+    return world
 
 
 def _bind(launch: Launch | None) -> Device:
@@ -66,6 +71,6 @@ def _refuse_children(launch: Launch | None) -> None:
 
 
 def _leave() -> None:
-    for world in _worlds.values():
+    for world in _worlds:
         abort_if_failed(world.comm)
         world.close()

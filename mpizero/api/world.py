@@ -69,6 +69,13 @@ class World(Group):
 
         Collective (MPI 4.1, section 7.4.2). Ranks that give None get None.
         """
+
+        def prepare() -> Call:
+            if color is not None and color < 0:
+                raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
+            return Call("split()", lambda run, shared: None)
+
+        self._caller.perform(prepare, False)
         comm = self.split_comm(color, self.rank if key is None else key)
         return None if comm is None else World(comm, self.device, self.cuda_awareness)
 
@@ -278,9 +285,17 @@ class World(Group):
 
     def _reduce_scalar(self, x: Any, op: str, asynchronous: bool, algorithm: str) -> Any:
         if asynchronous:
-            raise ArgumentError(
-                "allreduce()", "x", "a scalar with asynchronous=True", "an array", "np.asarray(x)"
-            )
+
+            def refuse() -> Call:
+                raise ArgumentError(
+                    "allreduce()",
+                    "x",
+                    "a scalar with asynchronous=True",
+                    "an array",
+                    "np.asarray(x)",
+                )
+
+            return self._caller.perform(refuse, True)
         # A Python integer on one rank and a float on another would be different dtypes; the
         # agreement says so.
         result = self.allreduce(np.array(x), op, algorithm=algorithm)[()]

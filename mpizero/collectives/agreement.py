@@ -34,18 +34,20 @@ def agree(comm: MPI.Intracomm, call: str, vote: bool = False) -> bool:
     comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
     most, negated_least, negated_votes = extremes.tolist()
     if most != -negated_least:
-        raise_mismatch(comm.allgather(call))
+        raise_mismatch(comm, comm.allgather(call))
     return bool(negated_votes)
 
 
-def raise_mismatch(calls: list[str], what: str = "The ranks do not do the same") -> None:
+def raise_mismatch(
+    comm: MPI.Intracomm, calls: list[str], what: str = "The ranks do not do the same"
+) -> None:
     """Raise a MismatchError that groups the ranks by what each of them passed."""
     ranks_by_call: dict[str, list[int]] = {}
     for rank, call in enumerate(calls):
         ranks_by_call.setdefault(call, []).append(rank)
     lines = [f"  {_name(ranks)}: {call}" for call, ranks in ranks_by_call.items()]
     error = MismatchError(f"{what}:\n" + "\n".join(lines))
-    error.reported_by = 0
+    error.reported_elsewhere = comm.rank != 0
     raise error
 
 
@@ -80,5 +82,7 @@ def agree_on_items(comm: MPI.Intracomm, items: list[str], what: str) -> None:
             theirs[position] if position < len(theirs) else "(nothing more)" for theirs in everyone
         ]
         if len(set(calls)) > 1:
-            raise_mismatch(calls, f"{what} differ between the ranks, first at item {position}")
-    raise_mismatch([f"{len(theirs)} {what}" for theirs in everyone])
+            raise_mismatch(
+                comm, calls, f"{what} differ between the ranks, first at item {position}"
+            )
+    raise_mismatch(comm, [f"{len(theirs)} {what}" for theirs in everyone])

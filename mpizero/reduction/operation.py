@@ -135,6 +135,11 @@ def operation(name: str, dtype: Any, ranks: int, function: str) -> Operation:
     """
     if name not in _FUNCTIONS:
         raise ArgumentError(function, "op", repr(name), ", ".join(_FUNCTIONS))
+    if not np.dtype(dtype).isnative:
+        raise ArgumentError(
+            function, "x", f"an array of {dtype}", "numbers in this machine's byte order",
+            "x.astype(x.dtype.newbyteorder('='))",
+        )  # fmt: skip
     if kind_of(dtype) not in _ALLOWED_KINDS[name]:
         raise ArgumentError(
             function,

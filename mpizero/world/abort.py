@@ -7,10 +7,11 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 
 from __future__ import annotations
 
+import builtins
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,10 +62,9 @@ def abort_if_failed(comm: MPI.Intracomm) -> None:
 def _report(
     rank: int, kind: type[BaseException], error: BaseException, where: TracebackType | None
 ) -> None:
-    reporter = getattr(error, "reported_by", None)
-    if reporter is not None and reporter != rank:
-        time.sleep(_GRACE_SECONDS)  # the reporting rank prints the same error and ends the job
-        return
+    if getattr(error, "reported_elsewhere", False):
+        # The reporting rank prints the same error and ends the job, unless it has caught it.
+        time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     text = "".join(traceback.format_exception(kind, error, where))
     lines = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())
@@ -78,14 +78,28 @@ def _watch_exit_status() -> None:
     SystemExit passes no hook, and at exit Python no longer tells the status; wrapping the
     function is the only way to know it there.
     """
-    python_exit: Callable[[Any], NoReturn] = sys.exit
 
     def exit_and_remember(status: Any = None, /) -> NoReturn:
-        global _exit_status
-        _exit_status = _as_number(status)
-        python_exit(status)
+        # Python ends a thread on SystemExit itself, but prints a subclass of it.
+        on_main = threading.current_thread() is threading.main_thread()
+        raise (_Exit if on_main else SystemExit)(status)
 
     sys.exit = exit_and_remember
+    for name in ("exit", "quit"):  # site's, which raise SystemExit themselves
+        if hasattr(builtins, name):
+            setattr(builtins, name, exit_and_remember)
+
+
+class _Exit(SystemExit):
+    """A SystemExit that knows when the interpreter, not a handler, asks for its status."""
+
+    @property
+    def code(self) -> Any:  # type: ignore[override]
+        global _exit_status
+        status = self.args[0]
+        if sys._getframe().f_back is None:  # asked by no Python code: nobody has caught it
+            _exit_status = _as_number(status)
+        return status
 
 
 def _as_number(status: Any) -> int:
