@@ -45,7 +45,7 @@ class Launch:
 
     python: str
     ranks: int
-    with_pure: bool = True
+    with_once: bool = True
 
     @property
     def name(self) -> str:
@@ -55,8 +55,8 @@ class Launch:
     def command(self, arguments: Sequence[str]) -> list[str]:
         # Each MPI has its own idea of whether its ranks write to a terminal.
         color = "yes" if sys.stdout.isatty() else "no"
-        # Tests that no MPI takes part in are run with one of them.
-        selected = f"parallel[{self.ranks}]" + ("" if self.with_pure else " and not pure")
+        # Tests that do not depend on which MPI it is are run with the first.
+        selected = f"parallel[{self.ranks}]" + ("" if self.with_once else " and not once")
         pytest = [self.python, "-m", "pytest", f"--color={color}", "-m", selected]
         if self.ranks > 1:
             # Several ranks would write to one cache at once.

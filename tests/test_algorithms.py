@@ -17,7 +17,7 @@ from mpizero.reduction import operation
 from support.cases import assert_close, reductions, values
 from support.in_memory import InMemoryTransport, run_ranks
 
-pytestmark = pytest.mark.pure
+pytestmark = pytest.mark.once
 
 algorithms = pytest.mark.parametrize("kind", [Ring, HalvingDoubling])
 sizes = st.integers(2, 33)

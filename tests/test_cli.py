@@ -12,6 +12,8 @@ from mpizero.collectives.choose import Place, choose
 from mpizero.collectives.tuning import ALL_BYTES, BUILT_IN, Tuning, case
 from support.launch import mpirun
 
+pytestmark = pytest.mark.once
+
 CLI = ["-c", "from mpizero.cli import main; main()"]
 
 

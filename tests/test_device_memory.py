@@ -27,6 +27,8 @@ from mpizero.world import device as device_module
 from mpizero.world.device import CudaDevice, Device, HostDevice, as_device_array, bind_device
 from support.fake_cupy import FakeCupy
 
+pytestmark = pytest.mark.once
+
 RANKS = 3
 CHUNK = 96  # bytes: 24 float32 in one row, 8 in each of three
 

@@ -11,6 +11,8 @@ import pytest
 
 from support.launch import ROOT, mpirun
 
+pytestmark = pytest.mark.once
+
 TINY_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--context", "32"]
 TINY_GPT += ["--text", str(ROOT / "mpizero/api/world.py")]
 

@@ -24,7 +24,7 @@ conversions = pytest.mark.parametrize(
     ids=["numpy-float16", "numpy-bfloat16", "torch-bfloat16", "torch-float16"],
 )
 
-pytestmark = pytest.mark.pure
+pytestmark = pytest.mark.once
 
 HALVES = [np.float16, ml_dtypes.bfloat16]
 

@@ -11,7 +11,7 @@ from mpizero.errors import ArgumentError
 from mpizero.layout import ALIGNMENT_BYTES, FlatLayout
 from mpizero.sampling import ShardedBatches, Share
 
-pytestmark = pytest.mark.pure
+pytestmark = pytest.mark.once
 
 
 @given(
