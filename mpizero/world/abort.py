@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Ranks that raise an error which another rank reports leave it this long to print and abort.
-_GRACE_SECONDS = 2.0
+# Ranks that raise an error which another rank reports leave it 2 s to print and abort. In naps: a
+# machine that stood still for a moment has taken one of them, not the reporting rank's whole time.
+_GRACE_NAPS, _NAP_SECONDS = 40, 0.05
 
 _exit_status: int = 0
 _installed = False
@@ -64,7 +65,8 @@ def _report(
 ) -> None:
     if getattr(error, "reported_elsewhere", False):
         # The reporting rank prints the same error and ends the job, unless it has caught it.
-        time.sleep(_GRACE_SECONDS)
+        for _ in range(_GRACE_NAPS):
+            time.sleep(_NAP_SECONDS)
     sys.stdout.flush()
     text = "".join(traceback.format_exception(kind, error, where))
     lines = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())

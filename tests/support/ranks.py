@@ -41,8 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     comm = config.stash[_COMM] = MPI.COMM_WORLD.Dup()
     if comm.rank == 0:
         return
-    directory = os.environ.get(LOGS_VARIABLE) or tempfile.gettempdir()
-    path = config.stash[_LOG] = Path(directory, f"pytest-rank-{comm.rank}.log")
+    directory = Path(os.environ.get(LOGS_VARIABLE) or tempfile.gettempdir())
+    # Where ranks share a place for `tmp_path`, one may clean up what another is looking at.
+    own_temporary = directory / f"pytest-rank-{comm.rank}"
+    own_temporary.mkdir(exist_ok=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own_temporary)
+    path = config.stash[_LOG] = directory / f"pytest-rank-{comm.rank}.log"
     log = path.open("w", buffering=1)  # by lines: a rank that is killed leaves all it had to say
     config.add_cleanup(log.close)
     config.pluginmanager.unregister(name="terminalreporter")
@@ -124,10 +128,22 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     return result
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A session that came to its end has told rank 0 everything: its log can go."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(
+    session: pytest.Session, exitstatus: int
+) -> Generator[None, object, object]:
+    """A session that came to its end has told rank 0 everything: its log can go.
+
+    What another plugin raises here would end the launch with its traceback still captured.
+    """
+    try:
+        result = yield
+    except Exception:
+        _print_past_capture(session.config, traceback.format_exc())
+        raise
     if exitstatus != pytest.ExitCode.INTERNAL_ERROR and _LOG in session.config.stash:
         session.config.stash[_LOG].unlink(missing_ok=True)
+    return result
 
 
 def _failures_of_all(item: pytest.Item, mine: str) -> list[str]:
@@ -144,18 +160,21 @@ def _failures_of_all(item: pytest.Item, mine: str) -> list[str]:
 
 
 def _end_launch(item: pytest.Item, failure: str) -> None:
-    rank = item.config.stash[_COMM].rank
     text = (
         f"{item.nodeid} failed, and the other ranks did not end it within "
         f"{_PATIENCE_SECONDS:.0f} s, so this launch ends here:\n{failure}"
     )
-    capture = item.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        sys.stderr.write(f"\n{_prefixed(rank, text)}\n")
-        sys.stderr.flush()
+    _print_past_capture(item.config, text)
     if _LOG in item.config.stash:
         item.config.stash[_LOG].unlink(missing_ok=True)
     MPI.COMM_WORLD.Abort(1)
+
+
+def _print_past_capture(config: pytest.Config, text: str) -> None:
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        sys.stderr.write(f"\n{_prefixed(config.stash[_COMM].rank, text)}\n")
+        sys.stderr.flush()
 
 
 def _gist(failure: str) -> str:
