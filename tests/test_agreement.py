@@ -156,3 +156,25 @@ def test_others_hear_of_a_refusal_that_its_rank_survives(bad: str, good: str) ->
     result = mpirun(3, program, timeout=10)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("told") == 2
+
+
+def test_refusals_on_one_rank_of_several_nodes_are_heard() -> None:
+    """What a refusal looks up must not wait for the other ranks."""
+    program = """
+        import numpy as np, mpizero
+        world = mpizero.init()
+        assert world.node_count == 2
+        try:
+            world.allreduce(np.ones(3), algorithm="magic" if world.rank == 0 else "auto")
+        except mpizero.MismatchError as error:
+            assert world.rank > 0 and "magic" in str(error)
+        except mpizero.ArgumentError:
+            assert world.rank == 0
+        if world.rank == 0:
+            assert "hierarchical" in world.algorithms("all_reduce")
+        assert world.allreduce(1) == world.size
+        print("told")
+    """
+    result = mpirun(4, program, timeout=20, env={"MPIZERO_RANKS_PER_NODE": "2"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("told") == 4

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from support.launch import Finished, mpirun
+from support.launch import Finished, find_mpirun, is_openmpi, mpirun
 
 RAISE = """
 import sys, time
@@ -72,6 +72,15 @@ def test_a_normal_exit_stays_one() -> None:
         assert result.returncode == 0, result.stderr
 
 
+def launcher_statuses(status: int) -> set[int]:
+    """What ``mpirun`` may end with when a rank ends the job with ``status``.
+
+    Open MPI's passes it on. MPICH's gives the status of the rank whose end it collects last, which
+    is 9 for those that it kills.
+    """
+    return {status} if is_openmpi(find_mpirun(sys.executable)) else {status, 9}
+
+
 def test_a_failing_exit_of_one_rank_ends_the_job_with_its_status() -> None:
     program = (
         "import sys, time, mpizero\nw = mpizero.init()\n"
@@ -79,7 +88,7 @@ def test_a_failing_exit_of_one_rank_ends_the_job_with_its_status() -> None:
         "w.barrier()\n"
     )
     result, seconds = run(3, program)
-    assert result.returncode == 3 and seconds < 5
+    assert result.returncode in launcher_statuses(3) and seconds < 5
     assert "[rank 1] exited with status 3" in result.stderr
 
 
@@ -163,7 +172,7 @@ def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
         "w.barrier()\n"
     )
     result = mpirun(3, program, timeout=10)
-    assert result.returncode == status
+    assert result.returncode in launcher_statuses(status)
     assert ("no data" in result.stderr) == ("data" in leave)
 
 

@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mpizero.collectives.agreement import agree
-from mpizero.collectives.dispatch import Dispatch
+from mpizero.collectives.dispatch import Dispatch, Parts
+from mpizero.collectives.small import Plan, SmallAllReduce
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
+from mpizero.reduction import Operation
 from mpizero.world import Group
 
 
@@ -21,14 +22,16 @@ from mpizero.world import Group
 class Call:
     """What a rank is about to do: told to the others as ``description``, done by ``work``.
 
-    ``work(run, shared)``: ``shared`` says whether the first array lies in node-shared memory on
-    every rank.
+    ``work(run, parts)``: ``parts`` are all ranks' counterparts of the first array, if they lie in
+    node-shared memory. ``items`` are parts of a long description.
     """
 
     description: str
-    work: Callable[[Dispatch, bool], Any]
+    work: Callable[[Dispatch, Parts], Any]
     arrays: Sequence[Any] = ()
     stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
+    items: Sequence[str] = ()
+    agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
 
 
 class Caller:
@@ -67,20 +70,31 @@ class Caller:
             raise
         return self.start(call, asynchronous)
 
-    def start(self, call: Call, asynchronous: bool, *, checked: bool = True) -> Any:
-        """Carry a prepared call out. Unchecked calls are for layers that have agreed before."""
+    def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
+        """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
         run = self._background if asynchronous else self._blocking
         filled = run.mark(call.arrays, call.stream)
 
         def work() -> Any:
-            shared = run.lies_shared(call.arrays)
-            if checked and not self._alone:
-                shared = agree(run.comm, call.description, shared)
-            return run.run_after(filled, lambda: call.work(run, shared))
+            if call.agrees_itself:
+                return call.work(run, None)
+            parts = run.agree(call.description, call.arrays, call.items, sure)
+            return run.run_after(filled, lambda: call.work(run, parts))
 
         if not asynchronous:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work)
+
+    @property
+    def small(self) -> SmallAllReduce | None:
+        """The short way for blocking all-reduces of small arrays, where there is one."""
+        return self._blocking.small
+
+    def small_plan(self, array: Any, op: Operation, algorithm: str, what: str) -> Plan | None:
+        """How ``small`` reduces such an array; None if it does not."""
+        if self.small is None or not self._blocking.is_small(array, op, algorithm):
+            return None
+        return self.small.make((array.dtype, array.shape, op.name, algorithm), what, op)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
@@ -99,7 +113,7 @@ class Caller:
             # The others refuse as well, or do something else; this rank's own ArgumentError, which
             # the caller raises, says more than the mismatch.
             with suppress(MismatchError):
-                agree(dispatch.comm, refusal)
+                dispatch.agree(refusal)
 
         if asynchronous:
             self._worker.submit(tell).wait()

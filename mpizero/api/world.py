@@ -11,8 +11,7 @@ import numpy as np
 
 from mpizero.api.call import Call, Caller
 from mpizero.collectives import tuning
-from mpizero.collectives.agreement import agree_on_items
-from mpizero.collectives.dispatch import Dispatch
+from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
@@ -50,6 +49,7 @@ class World(Group):
         self._caller = Caller(
             self, self._worker, self.cuda_awareness.enabled, self._node_memory, self.tuning
         )
+        self._small = self._caller.small
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness)
@@ -73,7 +73,7 @@ class World(Group):
         def prepare() -> Call:
             if color is not None and color < 0:
                 raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
-            return Call("split()", lambda run, shared: None)
+            return Call("split()", lambda run, parts: None)
 
         self._caller.perform(prepare, False)
         comm = self.split_comm(color, self.rank if key is None else key)
@@ -97,6 +97,12 @@ class World(Group):
         float32 in a fixed order and rounded once; max and min pass NaN on. "mean" wants floating
         or complex numbers. Raises ArgumentError and MismatchError.
         """
+        small = None if asynchronous else self._small
+        if small is not None and out is None and type(x) is np.ndarray and x.flags.writeable:
+            plan = small.find((x.dtype, x.shape, op, algorithm))
+            if plan is not None:
+                small.run(plan, x, x)
+                return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
 
@@ -106,14 +112,24 @@ class World(Group):
             _same_form("allreduce()", target, source.shape, source.dtype)
             self._caller.check_algorithm(algorithm, "all_reduce")
             combine = operation(op, source.dtype, self.size, "allreduce()")
+            what = _describe("allreduce", source, op, algorithm)
+            if small is not None:
+                plan = self._caller.small_plan(source.array, combine, algorithm, what)
+                if plan is not None:
 
-            def work(run: Dispatch, shared: bool) -> Any:
+                    def work_small(run: Dispatch, parts: Parts) -> Any:
+                        small.run(plan, source.array, target.array)
+                        return target.original
+
+                    return Call(what, work_small, agrees_itself=True)
+
+            def work(run: Dispatch, parts: Parts) -> Any:
                 if target is not source:
                     target.flat[...] = source.flat
-                run.all_reduce(target.flat, combine, algorithm, shared and target is source)
+                run.all_reduce(target.flat, combine, algorithm, parts if target is source else None)
                 return target.commit()
 
-            return Call(_describe("allreduce", source, op, algorithm), work, (source.array,))
+            return Call(what, work, (source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -140,8 +156,8 @@ class World(Group):
             self._caller.check_algorithm(algorithm, "reduce_scatter")
             combine = operation(op, source.dtype, self.size, "reduce_scatter()")
 
-            def work(run: Dispatch, shared: bool) -> Any:
-                run.reduce_scatter(source.flat, target.flat, combine, algorithm, shared)
+            def work(run: Dispatch, parts: Parts) -> Any:
+                run.reduce_scatter(source.flat, target.flat, combine, algorithm, parts)
                 return target.commit()
 
             return Call(_describe("reduce_scatter", source, op, algorithm), work, (source.array,))
@@ -163,7 +179,7 @@ class World(Group):
             target = self._target("allgather()", source, out, (self.size * first, *rest))
             self._caller.check_algorithm(algorithm, "all_gather")
 
-            def work(run: Dispatch, shared: bool) -> Any:
+            def work(run: Dispatch, parts: Parts) -> Any:
                 run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
@@ -182,7 +198,7 @@ class World(Group):
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
             self._caller.check_algorithm(algorithm, "broadcast")
 
-            def work(run: Dispatch, shared: bool) -> Any:
+            def work(run: Dispatch, parts: Parts) -> Any:
                 run.broadcast(target.flat, root, algorithm)
                 return target.original if self.rank == root else target.commit()
 
@@ -205,7 +221,7 @@ class World(Group):
             target = self._target("all_to_all()", source, out, source.shape)
             self._caller.check_algorithm(algorithm, "all_to_all")
 
-            def work(run: Dispatch, shared: bool) -> Any:
+            def work(run: Dispatch, parts: Parts) -> Any:
                 run.all_to_all(source.flat, target.flat, algorithm)
                 return target.commit()
 
@@ -216,12 +232,12 @@ class World(Group):
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda run, shared: None), False)
+            self._caller.perform(lambda: Call("barrier()", lambda run, parts: None), False)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
 
-        def work(run: Dispatch, shared: bool) -> Any:
+        def work(run: Dispatch, parts: Parts) -> Any:
             return run.comm.allgather(value)
 
         return list(self._caller.perform(lambda: Call("gather_objects()", work), False))
@@ -229,7 +245,7 @@ class World(Group):
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The ``root``'s picklable ``value`` on every rank. For small things."""
 
-        def work(run: Dispatch, shared: bool) -> Any:
+        def work(run: Dispatch, parts: Parts) -> Any:
             return run.comm.bcast(value, root)
 
         return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
@@ -255,18 +271,20 @@ class World(Group):
 
     def submit(
         self,
-        work: Callable[[Dispatch, bool], Any],
+        what: str,
+        work: Callable[[Dispatch, Parts], Any],
         arrays: Sequence[Any] = (),
         stream: int | None = None,
     ) -> Handle:
-        """Queue ``work`` behind the asynchronous operations, unchecked: for the engine.
+        """Queue ``work`` behind the asynchronous operations: for the engine.
 
-        The caller has agreed with the other ranks on the order and form of what it submits.
+        The caller has agreed with the other ranks on the order and form of what it submits, so
+        ``what`` it is gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
         ``stream`` that fills them, or CuPy's current one.
         """
-        call = Call("", work, arrays, stream)
-        handle: Handle = self._caller.start(call, True, checked=False)
+        call = Call(what, work, arrays, stream)
+        handle: Handle = self._caller.start(call, True, sure=True)
         return handle
 
     def agree(self, items: Sequence[str], what: str) -> None:
@@ -274,8 +292,7 @@ class World(Group):
 
         Collective. For what must be equal everywhere and is too long for one line of an error.
         """
-        if self.size > 1:
-            agree_on_items(self.comm, list(items), what)
+        self._caller.start(Call(what, lambda run, parts: None, items=items), False)
 
     def close(self) -> None:
         """Finish what is under way and end the progress thread (done at exit by itself)."""

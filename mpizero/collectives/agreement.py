@@ -1,46 +1,86 @@
 """Do all ranks mean the same? Asked before MPI sees the data, because afterwards it is too late.
 
 MPI does not notice when ranks call different collectives, or the same with other shapes, dtypes
-or operations: it hangs, or mixes the data up. So every collective on users' arrays begins with
-one 24-byte all-reduce of a fingerprint of the call. Checking only first uses would leave a hole:
-a call that is new on one rank and known on another would have only one of them checking.
+or operations: it hangs, or mixes the data up. So every collective on users' arrays begins with an
+exchange of fingerprints of the call: over the node's board, where it costs no more than the barrier
+that shared memory needs anyway, else as one 16-byte all-reduce. Checking only first uses would
+leave a hole: a call that is new on one rank and known on another would have only one of them
+checking.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from mpizero.errors import MismatchError
+from mpizero.memory.board import Board
+from mpizero.memory.node_shared import NOWHERE
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def agree(comm: MPI.Intracomm, call: str, vote: bool = False) -> bool:
-    """Compare ``call`` (a description of what this rank is about to do) over the ranks.
+class Agreement:
+    """What the ranks of ``comm`` tell each other; ``board``: theirs, if they are one node."""
 
-    Returns whether all ranks voted yes. Collective. Raises MismatchError, on every rank, naming the
-    ranks and what each passed.
-    """
-    mpi = load_mpi()
-    fingerprint = _fingerprint(call)
-    # The maximum of f and of -f: equal up to sign exactly if all ranks have the same f.
-    extremes = np.array((fingerprint, -fingerprint, -vote), np.int64)
-    comm.Allreduce(mpi.IN_PLACE, extremes, mpi.MAX)
-    most, negated_least, negated_votes = extremes.tolist()
-    if most != -negated_least:
-        raise_mismatch(comm, comm.allgather(call))
-    return bool(negated_votes)
+    def __init__(self, comm: MPI.Intracomm, board: Board | None) -> None:
+        self._comm = comm
+        self._board = board
+        self._mpi = load_mpi()
+
+    def reach(self, call: str, spot: int = NOWHERE, items: Sequence[str] = ()) -> bool:
+        """Compare ``call``, a description of what this rank is about to do, over the ranks.
+
+        Returns whether all ranks named the same ``spot`` of node-shared memory. ``items`` are the
+        parts of a long description, of which the first that differs is named. Collective. Raises
+        MismatchError, on every rank, naming the ranks and what each passed.
+        """
+        mine = fingerprint(f"{call}: {'; '.join(items)}" if items else call)
+        if self._board is None:
+            # The maximum of f and of -f: equal up to sign exactly if all ranks have the same f.
+            extremes = np.array((mine, -mine), np.int64)
+            self._comm.Allreduce(self._mpi.IN_PLACE, extremes, self._mpi.MAX)
+            if extremes[0] != -extremes[1]:
+                self.explain(call, items)
+            return False
+        page = self._board.exchange(mine, spot)
+        if any(note[1] != mine for note in page.notes):
+            self.explain(call, items)
+        return spot != NOWHERE and all(note[2] == spot for note in page.notes)
+
+    def explain(self, call: str, items: Sequence[str] = ()) -> NoReturn:
+        """Raise the MismatchError that every rank raises when the fingerprints differ."""
+        calls, lists = zip(*self._comm.allgather((call, list(items))), strict=True)
+        if len(set(calls)) == 1:
+            _explain_items(self._comm, call, lists)
+        _raise_mismatch(self._comm, list(calls))
 
 
-def raise_mismatch(
+@lru_cache(maxsize=4096)
+def fingerprint(call: str) -> int:
+    """62 bits that tell one call from another."""
+    data = call.encode()
+    return zlib.crc32(data) << 30 | (zlib.adler32(data) & 0x3FFFFFFF)
+
+
+def _explain_items(comm: MPI.Intracomm, what: str, lists: Sequence[list[str]]) -> NoReturn:
+    for position, theirs in enumerate(zip_longest(*lists, fillvalue="(nothing more)")):
+        if len(set(theirs)) > 1:
+            what = f"{what} differ between the ranks, first at item {position}"
+            _raise_mismatch(comm, list(theirs), what)
+    _raise_mismatch(comm, [f"{len(items)} {what}" for items in lists])
+
+
+def _raise_mismatch(
     comm: MPI.Intracomm, calls: list[str], what: str = "The ranks do not do the same"
-) -> None:
+) -> NoReturn:
     """Raise a MismatchError that groups the ranks by what each of them passed."""
     ranks_by_call: dict[str, list[int]] = {}
     for rank, call in enumerate(calls):
@@ -57,32 +97,3 @@ def _name(ranks: list[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8])
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"ranks {shown}{more}"
-
-
-@lru_cache(maxsize=4096)
-def _fingerprint(call: str) -> int:
-    data = call.encode()
-    return zlib.crc32(data) << 30 | (zlib.adler32(data) & 0x3FFFFFFF)
-
-
-def agree_on_items(comm: MPI.Intracomm, items: list[str], what: str) -> None:
-    """Compare lists of descriptions and name the first that differs.
-
-    For long descriptions such as a model's parameters: only a fingerprint travels unless the
-    ranks disagree. Collective; raises MismatchError on every rank.
-    """
-    try:
-        agree(comm, f"{what}: " + "; ".join(items))
-    except MismatchError:
-        everyone = comm.allgather(items)
-    else:
-        return
-    for position in range(max(len(theirs) for theirs in everyone)):
-        calls = [
-            theirs[position] if position < len(theirs) else "(nothing more)" for theirs in everyone
-        ]
-        if len(set(calls)) > 1:
-            raise_mismatch(
-                comm, calls, f"{what} differ between the ranks, first at item {position}"
-            )
-    raise_mismatch(comm, [f"{len(theirs)} {what}" for theirs in everyone])

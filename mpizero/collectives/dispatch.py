@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.alone import Alone
 from mpizero.collectives.choose import Place, choose
 from mpizero.collectives.halving_doubling import HalvingDoubling
 from mpizero.collectives.hierarchical import Hierarchical, Levels
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.native import Native
-from mpizero.collectives.node_shared import SMALL_BYTES, NodeShared
+from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.ring import Ring
+from mpizero.collectives.small import SmallAllReduce
 from mpizero.collectives.transport import MpiTransport
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError
-from mpizero.memory.node_shared import NodeMemory
+from mpizero.memory.board import PAYLOAD_BYTES, Board
+from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.memory.staging import Run, fence, staged
 from mpizero.reduction import Operation
 from mpizero.world.device import CudaDevice, Device
-from mpizero.world.startup import thread_level
+from mpizero.world.startup import load_mpi, thread_level
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _ALONE = Alone()
+
+_ON_ONE_NODE: tuple[type[Algorithm], ...] = (Native, Ring, HalvingDoubling, NodeShared)
+
+# All ranks' arrays, where they lie at one spot of node-shared memory and are ready to be reduced.
+Parts = Sequence[Any] | None
 
 
 class Dispatch:
@@ -44,15 +53,21 @@ class Dispatch:
         tuning: Tuning,
         crowded: bool,
     ) -> None:
-        self._crowded = crowded  # more ranks than cores on this node
         self._tuning = tuning
         self.comm = comm
-        self._node_memory = node_memory
         self._one_node = node_memory.comm.size == comm.size
         self._rank, self._size = comm.rank, comm.size
         self._device = device
+        self._node_memory = node_memory
         self._cuda_aware = cuda_aware
-        self._transport = MpiTransport(comm, device)
+        self._algorithms: dict[str, Algorithm] = {}
+        self._node_shared: NodeShared | None = None
+        self.board: Board | None = None
+        if comm.size > 1:
+            # Made now, not when first asked for: making them is collective, asking is not.
+            self._make_algorithms(node_memory, Board.open(node_memory, crowded))
+        self._agreement = Agreement(comm, self.board)
+        self.small = SmallAllReduce(self.board, self._agreement) if self.board else None
 
     def mark(self, arrays: Sequence[Any], stream: int | None = None) -> Any:
         """What the submitting thread has queued on ``arrays``' device, as an event to wait for.
@@ -70,35 +85,58 @@ class Dispatch:
         with fence(self._device, event):
             return work()
 
-    def lies_shared(self, arrays: Sequence[Any]) -> bool:
-        """Does the first array lie in memory that all ranks share? (False for small ones.)
+    def agree(
+        self, call: str, arrays: Sequence[Any] = (), items: Sequence[str] = (), sure: bool = False
+    ) -> Parts:
+        """Make sure that all ranks do the same (see ``Agreement.reach``), and are ready for it.
 
-        False on several nodes, where one may have had no room to share while another had.
+        Returns the counterparts of the first array if it lies in node-shared memory. Calls that are
+        ``sure`` to be the same are not compared where that would cost a message.
         """
-        if not arrays or not self._one_node or arrays[0].nbytes <= SMALL_BYTES:
+        if self._size == 1 or (sure and self.board is None):
+            return None
+        spot = self._node_shared.spot(arrays[0]) if self._node_shared and arrays else NOWHERE
+        if self._agreement.reach(call, spot, items):
+            return self._node_memory.counterparts(arrays[0])
+        return None
+
+    def is_small(self, array: Any, op: Operation, algorithm: str) -> bool:
+        """Is an all-reduce of such an array one for ``small``? The same on all ranks."""
+        if self.small is None or array.nbytes > PAYLOAD_BYTES or not isinstance(array, np.ndarray):
             return False
-        return self._node_memory.find(arrays[0]) is not None
+        if algorithm == "auto":
+            where = Place(one_node=True, shared=False, on_device=False)
+            algorithm = choose(
+                "all_reduce", array.nbytes, array.dtype, op.name, where, self._tuning
+            )
+        return algorithm == NodeShared.name
 
     def all_reduce(
-        self, array: Any, op: Operation, algorithm: str = "auto", shared: bool = False
+        self, array: Any, op: Operation, algorithm: str = "auto", parts: Parts = None
     ) -> None:
-        """In place; ``shared`` (the same on all ranks): the array lies in node-shared memory."""
+        """In place; ``parts``: what ``agree`` has returned for the array."""
         if self._must_stage(array):
             row = array.reshape(1, -1)
             self._stage(row, row, lambda host, _: self.all_reduce(host, op, algorithm))
         else:
-            found = self._find(algorithm, "all_reduce", array, op.name, shared)
-            found.all_reduce(array, op)
+            found = self._find(algorithm, "all_reduce", array, op.name, parts)
+            if parts is not None and isinstance(found, NodeShared):
+                found.all_reduce_parts(parts, op)
+            else:
+                found.all_reduce(array, op)
 
     def reduce_scatter(
-        self, array: Any, out: Any, op: Operation, algorithm: str = "auto", shared: bool = False
+        self, array: Any, out: Any, op: Operation, algorithm: str = "auto", parts: Parts = None
     ) -> None:
         if self._must_stage(array):
             rows, row = array.reshape(self._size, -1), out.reshape(1, -1)
             self._stage(rows, row, lambda x, y: self.reduce_scatter(x, y, op, algorithm))
         else:
-            found = self._find(algorithm, "reduce_scatter", array, op.name, shared)
-            found.reduce_scatter(array, out, op)
+            found = self._find(algorithm, "reduce_scatter", array, op.name, parts)
+            if parts is not None and isinstance(found, NodeShared):
+                found.reduce_scatter_parts(parts, out, op)
+            else:
+                found.reduce_scatter(array, out, op)
 
     def all_gather(self, block: Any, out: Any, algorithm: str = "auto") -> None:
         if self._must_stage(out):
@@ -124,6 +162,8 @@ class Dispatch:
 
     def able(self, collective: str) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
+        if self._size == 1:
+            return tuple(each.name for each in _ON_ONE_NODE if each.knows(collective))
         return tuple(name for name, each in self._algorithms.items() if each.offers(collective))
 
     def check(self, algorithm: str, collective: str) -> None:
@@ -136,36 +176,36 @@ class Dispatch:
             function = function.replace("all_gather", "allgather")
             raise ArgumentError(function, "algorithm", repr(algorithm), ", ".join(("auto", *able)))
 
-    @cached_property
-    def _algorithms(self) -> dict[str, Algorithm]:
+    def _make_algorithms(self, memory: NodeMemory, board: Board | None) -> None:
+        transport = MpiTransport(self.comm, self._device)
         own: list[Algorithm] = [
             Native(self.comm, self._device),
-            Ring(self._transport),
-            HalvingDoubling(self._transport),
+            Ring(transport),
+            HalvingDoubling(transport),
         ]
-        if self._one_node:
-            own.append(NodeShared(self.comm, self._node_memory, self._crowded))
-        else:
-            node = self._node_memory.comm
-            leader = node.bcast(self._rank)
-            levels = Levels.of(self.comm, leader, node.rank)
+        # No room for a board on one node: none of the others may count on it either.
+        room = bool(self.comm.allreduce(int(board is not None), load_mpi().MIN))
+        if self._one_node and room and board is not None:
+            self.board = board
+            self._node_shared = NodeShared(self.comm, memory, board)
+            own.append(self._node_shared)
+        elif room and board is not None:
+            levels = Levels.of(self.comm, memory.comm.bcast(self._rank), memory.comm.rank)
+            node = NodeShared(levels.node, memory, board)
             threaded = thread_level() == "multiple"
-            own.append(
-                Hierarchical(
-                    self.comm, levels, self._node_memory, self._device, self._crowded, threaded
-                )
-            )
-        return {algorithm.name: algorithm for algorithm in own}
+            own.append(Hierarchical(self.comm, levels, node, self._device, threaded))
+        self._algorithms = {algorithm.name: algorithm for algorithm in own}
 
     def _find(
-        self, name: str, collective: str, array: Any, op: str | None, shared: bool = False
+        self, name: str, collective: str, array: Any, op: str | None, parts: Parts = None
     ) -> Algorithm:
         if self._size == 1:
             return _ALONE
         if name == "auto":
-            where = Place(self._one_node, shared, self._device.is_device_array(array))
+            where = Place(self._one_node, parts is not None, self._device.is_device_array(array))
             name = choose(collective, array.nbytes, array.dtype, op, where, self._tuning)
-            if not self._algorithms[name].offers(collective):
+            found = self._algorithms.get(name)
+            if found is None or not found.offers(collective):
                 name = "native"
         return self._algorithms[name]
 

@@ -18,21 +18,16 @@ import numpy as np
 
 from mpizero.collectives.halving_doubling import HalvingDoubling
 from mpizero.collectives.interface import Algorithm, TwoPhase
-from mpizero.collectives.node_shared import SLOT_BYTES, NodeShared
+from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport, cut_evenly
 from mpizero.memory.dtypes import is_half
-from mpizero.memory.node_shared import NodeMemory
 from mpizero.reduction import Operation
 from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-# Chunks must be cut alike on all nodes, also where one keeps the array in shared memory and another
-# passes it through slots. On the network a chunk takes much longer than a message's latency.
-CHUNK_BYTES = SLOT_BYTES
 
 # Between nodes, small slices want few messages and large ones few bytes.
 _RING_FROM_BYTES = 1 << 20
@@ -78,14 +73,17 @@ class Hierarchical(Algorithm):
         self,
         comm: MPI.Intracomm,
         levels: Levels,
-        memory: NodeMemory,
+        node: NodeShared,
         device: Device,
-        crowded: bool,
         threaded: bool,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self._levels = levels
-        self._node = NodeShared(levels.node, memory, crowded)
+        self._node = node
+        # Chunks must be cut alike on all nodes, also where one keeps the array in shared memory and
+        # another passes it through slots, or has room for small slots only. On the network a chunk
+        # takes much longer than a message's latency.
+        self._chunk_bytes: int = comm.allreduce(node.slot_bytes, load_mpi().MIN)
         self._ring: TwoPhase | None = None
         self._halving: TwoPhase | None = None
         if levels.column is not None:
@@ -97,7 +95,7 @@ class Hierarchical(Algorithm):
     def all_reduce(self, array: Any, op: Operation) -> None:
         """Combine in the node, across nodes, and share in the node: a pipeline over chunks."""
         parts = self._node.counterparts(array)
-        width = max(1, CHUNK_BYTES // array.itemsize)
+        width = max(1, self._chunk_bytes // array.itemsize)
         crossing: tuple[slice, Callable[[], Any]] | None = None
         for start in range(0, array.size, width):
             chunk = slice(start, min(start + width, array.size))

@@ -45,9 +45,14 @@ class Algorithm(ABC):
         """Send block r of ``array`` (size * k) to rank r; block s of ``out`` comes from rank s."""
         raise NotImplementedError
 
-    def offers(self, collective: str) -> bool:
+    @classmethod
+    def knows(cls, collective: str) -> bool:
         """True if this algorithm has a method of its own for ``collective``."""
-        return getattr(type(self), collective) is not getattr(Algorithm, collective)
+        return getattr(cls, collective) is not getattr(Algorithm, collective)
+
+    def offers(self, collective: str) -> bool:
+        """True if it can run ``collective`` here: on these ranks, on these nodes."""
+        return self.knows(collective)
 
 
 class TwoPhase(Algorithm):

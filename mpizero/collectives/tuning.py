@@ -55,10 +55,10 @@ def case(half: bool, shared: bool, one_node: bool) -> str:
 # library is trusted until `mpizero tune` has looked.
 BUILT_IN = Tuning(
     {
-        case(False, True, True): ((32 << 10, "native"), (ALL_BYTES, "node_shared")),
-        case(False, False, True): ((ALL_BYTES, "native"),),
-        case(True, True, True): ((1 << 10, "native"), (ALL_BYTES, "node_shared")),
-        case(True, False, True): ((1 << 10, "native"), (ALL_BYTES, "node_shared")),
+        case(False, True, True): ((ALL_BYTES, "node_shared"),),
+        case(False, False, True): ((32 << 10, "node_shared"), (ALL_BYTES, "native")),
+        case(True, True, True): ((ALL_BYTES, "node_shared"),),
+        case(True, False, True): ((ALL_BYTES, "node_shared"),),
     }
 )
 

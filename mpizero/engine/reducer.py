@@ -174,7 +174,9 @@ class GradientReducer:
         self._came = [0] * len(self._specs)
         self._arrivals = []
         opening = self._opening = np.array(mine)
-        self._opening_handle = self._world.submit(lambda run, shared: run.all_reduce(opening, SUM))
+        self._opening_handle = self._world.submit(
+            "the opening of a backward pass", lambda run, parts: run.all_reduce(opening, SUM)
+        )
 
     def _launch_full_ones(self) -> None:
         """Reduce the buckets that are full, but none before those in front of it."""
@@ -189,7 +191,8 @@ class GradientReducer:
         self._fill(bucket.members)
         flat, mean = bucket.flat, self._mean
         bucket.handle = self._world.submit(
-            lambda run, shared: run.all_reduce(flat, mean, shared=shared),
+            f"the gradients from '{self._specs[bucket.members[0]].name}' on",
+            lambda run, parts: run.all_reduce(flat, mean, parts=parts),
             (flat,),
             self._stream(),
         )

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 PAGE = 4096
 _SHM = "/dev/shm"
 
+NOWHERE = -1  # the spot of private memory
+
 # Left free when memory is taken: MPI's own segments and other programs live there too.
 _SHM_RESERVE = 16 << 20
 
 
 class Window:
     """One shared allocation: ``parts[r]`` is the part of the node's rank r, as bytes."""
+
+    number = -1  # of those that arrays are allocated in; the same on all ranks
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
         mpi = load_mpi()
@@ -50,18 +54,14 @@ class Window:
         self.own[...] = 0  # first touch by the owner
         self.address = self.own.ctypes.data
         self._rank, self._nbytes = comm.rank, nbytes
+        # Order this rank's loads and stores before and after (MPI_Win_sync). On CPUs that reorder
+        # stores (Arm, POWER) another rank could be told of a value and still read the old one
+        # (MPI 4.1, section 12.7).
+        self.sync = self._win.Sync
 
     def lend(self) -> Any:
         """This rank's part as an array of its own: it lives as long as any view of it."""
         return np.frombuffer(self._win.Shared_query(self._rank)[0], np.uint8)[: self._nbytes]
-
-    def sync(self) -> None:
-        """Order this rank's loads and stores before and after (MPI_Win_sync).
-
-        A barrier orders messages, not memory; on CPUs that reorder stores (Arm, POWER) another rank
-        could pass the barrier and still read old values (MPI 4.1, section 12.7).
-        """
-        self._win.Sync()
 
     def free(self) -> None:
         """Give the memory back. Collective over the node; its arrays must not be used any more."""
@@ -83,7 +83,9 @@ class NodeMemory:
         self._windows: dict[int, Window] = {}  # by number, the same on all ranks of the node
         self._dead: set[int] = set()
         self._next = 0
-        self._places: list[tuple[int, int]] = []  # (address of the own part, number), sorted
+        # (address of the own part, number), sorted. Replaced, never changed: the progress thread
+        # may be looking for an array while this one allocates.
+        self._places: tuple[tuple[int, int], ...] = ()
         self._warned = False
 
     def allocate(self, count: int, dtype: Any) -> Any:
@@ -95,34 +97,61 @@ class NodeMemory:
         self.reclaim()
         dtype = np.dtype(dtype)
         nbytes = count * dtype.itemsize
-        if nbytes == 0 or not self._fits(nbytes):
+        window = self.window(nbytes) if nbytes else None
+        if window is None:
             return np.zeros(count, dtype)
-        window = Window(self.comm, nbytes)
-        number, self._next = self._next, self._next + 1
+        window.number, self._next = self._next, self._next + 1
+        number = window.number
         self._windows[number] = window
-        bisect.insort(self._places, (window.address, number))
+        self._places = tuple(sorted([*self._places, (window.address, number)]))
         array = window.lend().view(dtype)
         # Views refer to the array that they derive from in the end: when it dies, all have.
         weakref.finalize(array.base, self._dead.add, number)
         return array
 
-    def find(self, array: Any) -> tuple[Window, int, int] | None:
-        """The window in which a contiguous array lies, its number there, and its offset in bytes.
+    def window(self, nbytes: int, comm: MPI.Intracomm | None = None) -> Window | None:
+        """A window for good; None, with a warning the first time, where there is no room.
+
+        Collective over ``comm``, which must be of the same ranks (default: this memory's own).
+        """
+        comm = comm or self.comm
+        return Window(comm, nbytes) if self._fits(nbytes, comm) else None
+
+    def find(self, array: Any) -> tuple[Window, int] | None:
+        """The window in which a contiguous array lies, and its offset there in bytes.
 
         None for private memory. Says nothing of other ranks: they must agree that they mean the
-        same place.
+        same spot.
         """
-        if not self._places or not isinstance(array, np.ndarray):
+        places = self._places
+        if not places or not isinstance(array, np.ndarray):
             return None
         address = array.ctypes.data
-        at = bisect.bisect(self._places, (address, self._next)) - 1
+        at = bisect.bisect(places, (address, self._next)) - 1
         if at < 0:
             return None
-        start, number = self._places[at]
+        start, number = places[at]
         window, offset = self._windows[number], address - start
         if offset + array.nbytes > window.own.nbytes:
             return None
-        return window, number, offset
+        return window, offset
+
+    def spot(self, array: Any) -> int:
+        """Where a contiguous array lies in node-shared memory, as one integer; else ``NOWHERE``.
+
+        Ranks whose arrays are each other's counterparts get the same.
+        """
+        found = self.find(array)
+        return NOWHERE if found is None else found[0].number << 44 | found[1]
+
+    def counterparts(self, array: Any) -> list[Any]:
+        """All ranks' arrays of the same form at the same spot."""
+        found = self.find(array)
+        if found is None:
+            raise ValueError("the array does not lie in node-shared memory")
+        window, offset = found
+        end = offset + array.nbytes
+        return [part[offset:end].view(array.dtype) for part in window.parts]
 
     def reclaim(self) -> None:
         """Free the windows that no rank of the node uses any more. Collective over the node."""
@@ -142,17 +171,17 @@ class NodeMemory:
 
     def _free(self, number: int) -> None:
         window = self._windows.pop(number)
-        self._places.remove((window.address, number))
+        self._places = tuple(place for place in self._places if place[1] != number)
         self._dead.discard(number)
         window.free()
 
-    def _fits(self, nbytes: int) -> bool:
+    def _fits(self, nbytes: int, comm: MPI.Intracomm) -> bool:
         """Room for all ranks' parts? The node's first rank looks, so that all say the same."""
-        free: int | None = self.comm.bcast(_free_shared_memory())
-        needed = sum(self.comm.allgather(nbytes)) + PAGE * self.comm.size
+        free: int | None = comm.bcast(_free_shared_memory())
+        needed = sum(comm.allgather(nbytes)) + PAGE * comm.size
         if free is None or needed + _SHM_RESERVE <= free:
             return True
-        if not self._warned and self.comm.rank == 0:
+        if not self._warned and comm.rank == 0:
             warnings.warn(
                 f"{_SHM} has {free >> 20} MiB free and {needed >> 20} MiB are needed for "
                 "node-shared memory; going on with private memory, which is slower. To raise it: "

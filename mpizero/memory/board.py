@@ -1,0 +1,101 @@
+"""The ranks of a node exchange short notes, in step: a barrier that carries data.
+
+MPI's barrier tells nothing but that all have come, and spins while they have not. Where ranks share
+memory a counter for each of them does the same, and what stands beside it (who means to do what,
+where an array lies, a small array itself) is known to all when they have come.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpizero.memory.node_shared import PAGE, NodeMemory, Window
+
+# What a note can carry beside its integers. Up to this size combining the whole array on every rank
+# costs less than a second step.
+PAYLOAD_BYTES = 32 << 10
+
+_LINE_BYTES = 64  # a cache line: a rank that posts disturbs nobody who reads another's note
+
+# After so many looks the wait is no short one: from then on give the core away between looks, and
+# take naps that are short beside what has been waited for already.
+_EAGER_LOOKS, _YIELDING_LOOKS, _NAP_SECONDS = 2_000, 20_000, 100e-6
+
+
+@dataclass(frozen=True)
+class Page:
+    """One exchange. ``notes[r]`` holds rank r's counter and two integers; ``payloads[r]`` its
+    ``PAYLOAD_BYTES`` bytes. Both may be read until this rank's next exchange but one."""
+
+    notes: tuple[memoryview, ...]
+    payloads: tuple[Any, ...]
+    own: memoryview
+
+
+class Board:
+    """The notes of all ranks of a node. Belongs to one thread of each rank at a time."""
+
+    def __init__(self, window: Window, rank: int, crowded: bool) -> None:
+        self.rank, self.size = rank, len(window.parts)
+        self._sync = window.sync  # bound once: it is called twice in each exchange
+        self._crowded = crowded  # more ranks than cores: waiting must not burn a time slice
+        # Two pages in turn: whoever posts on one again has seen all ranks post on the other, which
+        # they do only when they have read this one.
+        self.pages = tuple(_page(window, rank, at * _PAGE_BYTES) for at in range(2))
+        self.count = 0  # of exchanges so far; the next one is on page ``count & 1``
+
+    @classmethod
+    def open(cls, memory: NodeMemory, crowded: bool) -> Board | None:
+        """A board for the ranks of ``memory``; None where there is no room. Collective."""
+        window = memory.window(2 * _PAGE_BYTES)
+        return None if window is None else cls(window, memory.comm.rank, crowded)
+
+    @property
+    def next(self) -> Page:
+        """Where the next exchange takes place: a payload is put there before it."""
+        return self.pages[self.count & 1]
+
+    def exchange(self, first: int = 0, second: int = 0) -> Page:
+        """Post a note, and wait for everyone's. What each rank has stored before, all see after.
+
+        A counter orders the ranks; MPI_Win_sync on both sides of it orders their loads and stores
+        (MPI 4.1, section 12.7), without which a CPU that reorders them could show old values.
+        """
+        count = self.count
+        page = self.pages[count & 1]
+        self.count = count = count + 1
+        own = page.own
+        own[1], own[2] = first, second
+        self._sync()
+        own[0] = count  # aligned 8 bytes: stored at once
+        for note in page.notes:
+            if note[0] != count:
+                self._wait(note, count)
+        self._sync()
+        return page
+
+    def _wait(self, note: memoryview, count: int) -> None:
+        """Until ``note`` is of exchange ``count``. MPI's sync also lets other threads run."""
+        looks = 0
+        while note[0] != count:
+            looks += 1
+            if looks > _YIELDING_LOOKS:
+                time.sleep(_NAP_SECONDS)
+            elif self._crowded or looks > _EAGER_LOOKS:
+                os.sched_yield()
+            self._sync()
+
+
+_PAGE_BYTES = PAGE + PAYLOAD_BYTES
+
+
+def _page(window: Window, rank: int, start: int) -> Page:
+    lines = [part[start : start + _LINE_BYTES].view(np.int64) for part in window.parts]
+    notes = tuple(line.data for line in lines)
+    payload = slice(start + PAGE, start + PAGE + PAYLOAD_BYTES)
+    return Page(notes, tuple(part[payload] for part in window.parts), notes[rank])
