@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import mpizero
-from mpizero.collectives.node_shared import SLOT_BYTES
+from mpizero.memory.board import PAYLOAD_BYTES
+from mpizero.memory.node_shared import NOWHERE
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 several_ranks = pytest.mark.parallel([2, 3, 4])
@@ -29,17 +30,17 @@ def test_every_rank_can_address_every_part() -> None:
     array = world.allocate(1000, np.float64)
     assert array.ctypes.data % 4096 == 0 and not array.any()
     array[...] = world.rank
-    found = world._node_memory.find(array)
-    assert found is not None
-    window, offset = found
+    memory = world._node_memory
+    spot = memory.spot(array)
+    window = memory._windows[spot >> 44]
     window.sync()
     world.barrier()
     window.sync()
-    assert offset == 0
+    assert spot % (1 << 44) == 0
     for rank, part in enumerate(window.parts):
         assert (part.view(np.float64) == rank).all()
-    assert world._node_memory.find(array[10:20])[1] == 80
-    assert world._node_memory.find(np.zeros(5)) is None
+    assert memory.spot(array[10:20]) == spot + 80
+    assert memory.spot(np.zeros(5)) == NOWHERE
     world.barrier()
 
 
@@ -47,7 +48,7 @@ def test_every_rank_can_address_every_part() -> None:
 @pytest.mark.parametrize(
     "dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32]
 )
-@pytest.mark.parametrize("count", [1, 7, 5000, SLOT_BYTES[0] // 4 + 13, SLOT_BYTES[0] + 1])
+@pytest.mark.parametrize("count", [1, 7, 5000, 90_001, PAYLOAD_BYTES[0] // 4 + 13, PAYLOAD_BYTES[0] + 1])
 @pytest.mark.parametrize("place", ["shared", "private", "mixed"])
 def test_all_reduce_wherever_the_array_lies(place: str, count: int, dtype: object) -> None:
     world = mpizero.init()
@@ -65,7 +66,7 @@ def test_all_reduce_wherever_the_array_lies(place: str, count: int, dtype: objec
 
 @several_ranks
 @pytest.mark.parametrize("place", ["shared", "private"])
-@pytest.mark.parametrize("count", [1, 3000, SLOT_BYTES[0] // 4 + 5])
+@pytest.mark.parametrize("count", [1, 3000, PAYLOAD_BYTES[0] // 4 + 5])
 def test_the_other_collectives(place: str, count: int) -> None:
     world = mpizero.init()
     size, rank = world.size, world.rank
@@ -156,7 +157,7 @@ def test_without_room_it_goes_on_in_private_memory(monkeypatch: pytest.MonkeyPat
         warnings.simplefilter("always")
         first = world.allocate(30 << 20, np.float32)
         second = world.allocate(30 << 20, np.float32)
-    assert world._node_memory.find(first) is None and second.size == 30 << 20
+    assert world._node_memory.spot(first) == NOWHERE and second.size == 30 << 20
     messages = [str(warning.message) for warning in caught]
     if world.local_rank == 0:
         assert len(messages) == 1 and "64 MiB free" in messages[0] and "--shm-size" in messages[0]
@@ -164,7 +165,27 @@ def test_without_room_it_goes_on_in_private_memory(monkeypatch: pytest.MonkeyPat
     else:
         assert not messages
     small = world.allocate(100, np.float32)
-    assert world._node_memory.find(small) is not None
+    assert world._node_memory.spot(small) != NOWHERE
+
+
+@several_ranks
+@pytest.mark.parametrize("free", [16 << 20, (16 << 20) + 900_000])
+def test_without_room_for_anything_mpi_does_it_all(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at all, or just enough for small payloads, through which large arrays go in pieces."""
+    monkeypatch.setenv("MPIZERO_SHM_FREE", str(free))
+    world = mpizero.init().split(0)
+    assert world is not None
+    names = world.algorithms("all_reduce")
+    assert ("node_shared" in names) == (free > 16 << 20)
+    for count in (5, 70_001):
+        for name in ("auto", *names):
+            array = pattern(world.rank, count, np.float32)
+            expected = sum(pattern(r, count, np.float32) for r in range(world.size))
+            assert (world.allreduce(array, algorithm=name) == expected).all()
+    with pytest.raises(mpizero.MismatchError):
+        world.allreduce(np.ones(2 if world.rank else 3))
 
 
 @pytest.mark.parallel([2, 4])

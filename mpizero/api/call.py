@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpizero.collectives.dispatch import Dispatch, Parts
-from mpizero.collectives.small import Plan, SmallAllReduce
+from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import MismatchError
 from mpizero.memory.node_shared import NodeMemory
@@ -86,15 +86,13 @@ class Caller:
         return finished(work()) if self._alone else self._worker.submit(work)
 
     @property
-    def small(self) -> SmallAllReduce | None:
-        """The short way for blocking all-reduces of small arrays, where there is one."""
-        return self._blocking.small
+    def plans(self) -> Plans | None:
+        """What is known of blocking all-reduces that have come before, where that is kept."""
+        return self._blocking.plans
 
-    def small_plan(self, array: Any, op: Operation, algorithm: str, what: str) -> Plan | None:
-        """How ``small`` reduces such an array; None if it does not."""
-        if self.small is None or not self._blocking.is_small(array, op, algorithm):
-            return None
-        return self.small.make((array.dtype, array.shape, op.name, algorithm), what, op)
+    def plan(self, array: Any, op: Operation, algorithm: str, what: str) -> Plan | None:
+        """Keep, and return, a plan for blocking all-reduces of arrays like this one."""
+        return self._blocking.plan(array, op, algorithm, what)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""

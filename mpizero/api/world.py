@@ -49,7 +49,7 @@ class World(Group):
         self._caller = Caller(
             self, self._worker, self.cuda_awareness.enabled, self._node_memory, self.tuning
         )
-        self._small = self._caller.small
+        self._plans = self._caller.plans
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness)
@@ -97,11 +97,11 @@ class World(Group):
         float32 in a fixed order and rounded once; max and min pass NaN on. "mean" wants floating
         or complex numbers. Raises ArgumentError and MismatchError.
         """
-        small = None if asynchronous else self._small
-        if small is not None and out is None and type(x) is np.ndarray and x.flags.writeable:
-            plan = small.find((x.dtype, x.shape, op, algorithm))
-            if plan is not None:
-                small.run(plan, x, x)
+        plans = None if asynchronous else self._plans
+        if plans is not None and type(x) is np.ndarray and out is None:
+            plan = plans.find(x, op, algorithm)
+            if plan is not None and x.flags.c_contiguous and x.flags.writeable:
+                plans.carry_out(plan, x)
                 return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
@@ -113,23 +113,18 @@ class World(Group):
             self._caller.check_algorithm(algorithm, "all_reduce")
             combine = operation(op, source.dtype, self.size, "allreduce()")
             what = _describe("allreduce", source, op, algorithm)
-            if small is not None:
-                plan = self._caller.small_plan(source.array, combine, algorithm, what)
-                if plan is not None:
-
-                    def work_small(run: Dispatch, parts: Parts) -> Any:
-                        small.run(plan, source.array, target.array)
-                        return target.original
-
-                    return Call(what, work_small, agrees_itself=True)
+            plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 if target is not source:
                     target.flat[...] = source.flat
-                run.all_reduce(target.flat, combine, algorithm, parts if target is source else None)
+                if plans is not None and plan is not None:
+                    plans.carry_out(plan, target.flat)
+                else:
+                    run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(what, work, (source.array,))
+            return Call(what, work, (target.flat,), agrees_itself=plan is not None)
 
         return self._caller.perform(prepare, asynchronous)
 

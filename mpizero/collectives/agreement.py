@@ -35,25 +35,33 @@ class Agreement:
         self._board = board
         self._mpi = load_mpi()
 
-    def reach(self, call: str, spot: int = NOWHERE, items: Sequence[str] = ()) -> bool:
+    def reach(self, call: str, spot: int = NOWHERE, items: Sequence[str] = ()) -> int | None:
         """Compare ``call``, a description of what this rank is about to do, over the ranks.
 
-        Returns whether all ranks named the same ``spot`` of node-shared memory. ``items`` are the
-        parts of a long description, of which the first that differs is named. Collective. Raises
-        MismatchError, on every rank, naming the ranks and what each passed.
+        Returns the ``spot`` of node-shared memory that all ranks named; None if they named several.
+        ``items`` are the parts of a long description, of which the first that differs is named.
+        Collective. Raises MismatchError, on every rank, naming the ranks and what each passed.
         """
         mine = fingerprint(f"{call}: {'; '.join(items)}" if items else call)
-        if self._board is None:
-            # The maximum of f and of -f: equal up to sign exactly if all ranks have the same f.
-            extremes = np.array((mine, -mine), np.int64)
-            self._comm.Allreduce(self._mpi.IN_PLACE, extremes, self._mpi.MAX)
-            if extremes[0] != -extremes[1]:
-                self.explain(call, items)
-            return False
-        page = self._board.exchange(mine, spot)
-        if any(note[1] != mine for note in page.notes):
+        if self._board is not None:
+            return self.compare(mine, spot, call, items)
+        # The maximum of f and of -f: equal up to sign exactly if all ranks have the same f.
+        extremes = np.array((mine, -mine), np.int64)
+        self._comm.Allreduce(self._mpi.IN_PLACE, extremes, self._mpi.MAX)
+        if extremes[0] != -extremes[1]:
             self.explain(call, items)
-        return spot != NOWHERE and all(note[2] == spot for note in page.notes)
+        return NOWHERE
+
+    def compare(self, mine: int, spot: int, call: str, items: Sequence[str] = ()) -> int | None:
+        """``reach`` over the board, for a call whose fingerprint is known."""
+        assert self._board is not None
+        common: int | None = spot
+        for note in self._board.exchange(mine, spot).notes:
+            if note[1] != mine:
+                self.explain(call, items)
+            if note[2] != spot:
+                common = None
+        return common
 
     def explain(self, call: str, items: Sequence[str] = ()) -> NoReturn:
         """Raise the MismatchError that every rank raises when the fingerprints differ."""

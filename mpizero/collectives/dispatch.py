@@ -15,12 +15,12 @@ from mpizero.collectives.hierarchical import Hierarchical, Levels
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.native import Native
 from mpizero.collectives.node_shared import NodeShared
+from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.ring import Ring
-from mpizero.collectives.small import SmallAllReduce
 from mpizero.collectives.transport import MpiTransport
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError
-from mpizero.memory.board import PAYLOAD_BYTES, Board
+from mpizero.memory.board import Board
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.memory.staging import Run, fence, staged
 from mpizero.reduction import Operation
@@ -67,7 +67,9 @@ class Dispatch:
             # Made now, not when first asked for: making them is collective, asking is not.
             self._make_algorithms(node_memory, Board.open(node_memory, crowded))
         self._agreement = Agreement(comm, self.board)
-        self.small = SmallAllReduce(self.board, self._agreement) if self.board else None
+        self.plans: Plans | None = None
+        if self.board is not None and self._node_shared is not None:
+            self.plans = Plans(self.board, self._agreement, node_memory, self._node_shared)
 
     def mark(self, arrays: Sequence[Any], stream: int | None = None) -> Any:
         """What the submitting thread has queued on ``arrays``' device, as an event to wait for.
@@ -96,20 +98,20 @@ class Dispatch:
         if self._size == 1 or (sure and self.board is None):
             return None
         spot = self._node_shared.spot(arrays[0]) if self._node_shared and arrays else NOWHERE
-        if self._agreement.reach(call, spot, items):
-            return self._node_memory.counterparts(arrays[0])
-        return None
+        common = self._agreement.reach(call, spot, items)
+        if common is None or common == NOWHERE:
+            return None
+        return self._node_memory.counterparts(arrays[0], common)
 
-    def is_small(self, array: Any, op: Operation, algorithm: str) -> bool:
-        """Is an all-reduce of such an array one for ``small``? The same on all ranks."""
-        if self.small is None or array.nbytes > PAYLOAD_BYTES or not isinstance(array, np.ndarray):
-            return False
-        if algorithm == "auto":
-            where = Place(one_node=True, shared=False, on_device=False)
-            algorithm = choose(
-                "all_reduce", array.nbytes, array.dtype, op.name, where, self._tuning
-            )
-        return algorithm == NodeShared.name
+    def plan(self, array: Any, op: Operation, algorithm: str, what: str) -> Plan | None:
+        """Keep, and return, a plan for all-reduces of host arrays like this one."""
+        if self.plans is None or not isinstance(array, np.ndarray):
+            return None
+        shared, private = (
+            self._choose(algorithm, "all_reduce", array, op.name, lies_shared)
+            for lies_shared in (True, False)
+        )
+        return self.plans.make(array, algorithm, op, what, shared, private)
 
     def all_reduce(
         self, array: Any, op: Operation, algorithm: str = "auto", parts: Parts = None
@@ -119,7 +121,7 @@ class Dispatch:
             row = array.reshape(1, -1)
             self._stage(row, row, lambda host, _: self.all_reduce(host, op, algorithm))
         else:
-            found = self._find(algorithm, "all_reduce", array, op.name, parts)
+            found = self._choose(algorithm, "all_reduce", array, op.name, parts is not None)
             if parts is not None and isinstance(found, NodeShared):
                 found.all_reduce_parts(parts, op)
             else:
@@ -132,7 +134,7 @@ class Dispatch:
             rows, row = array.reshape(self._size, -1), out.reshape(1, -1)
             self._stage(rows, row, lambda x, y: self.reduce_scatter(x, y, op, algorithm))
         else:
-            found = self._find(algorithm, "reduce_scatter", array, op.name, parts)
+            found = self._choose(algorithm, "reduce_scatter", array, op.name, parts is not None)
             if parts is not None and isinstance(found, NodeShared):
                 found.reduce_scatter_parts(parts, out, op)
             else:
@@ -143,7 +145,7 @@ class Dispatch:
             row, rows = block.reshape(1, -1), out.reshape(self._size, -1)
             self._stage(row, rows, lambda x, y: self.all_gather(x, y, algorithm))
         else:
-            self._find(algorithm, "all_gather", out, None).all_gather(block, out)
+            self._choose(algorithm, "all_gather", out, None).all_gather(block, out)
 
     def broadcast(self, array: Any, root: int, algorithm: str = "auto") -> None:
         if self._must_stage(array):
@@ -151,14 +153,14 @@ class Dispatch:
             source, target = (row, None) if is_root else (None, row)
             self._stage(source, target, lambda x, _: self.broadcast(x, root, algorithm))
         else:
-            self._find(algorithm, "broadcast", array, None).broadcast(array, root)
+            self._choose(algorithm, "broadcast", array, None).broadcast(array, root)
 
     def all_to_all(self, array: Any, out: Any, algorithm: str = "auto") -> None:
         if self._must_stage(array):
             rows, result = array.reshape(self._size, -1), out.reshape(self._size, -1)
             self._stage(rows, result, lambda x, y: self.all_to_all(x, y, algorithm))
         else:
-            self._find(algorithm, "all_to_all", array, None).all_to_all(array, out)
+            self._choose(algorithm, "all_to_all", array, None).all_to_all(array, out)
 
     def able(self, collective: str) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
@@ -196,17 +198,17 @@ class Dispatch:
             own.append(Hierarchical(self.comm, levels, node, self._device, threaded))
         self._algorithms = {algorithm.name: algorithm for algorithm in own}
 
-    def _find(
-        self, name: str, collective: str, array: Any, op: str | None, parts: Parts = None
+    def _choose(
+        self, name: str, collective: str, array: Any, op: str | None, lies_shared: bool = False
     ) -> Algorithm:
         if self._size == 1:
             return _ALONE
         if name == "auto":
-            where = Place(self._one_node, parts is not None, self._device.is_device_array(array))
+            where = Place(self._one_node, lies_shared, self._device.is_device_array(array))
             name = choose(collective, array.nbytes, array.dtype, op, where, self._tuning)
             found = self._algorithms.get(name)
             if found is None or not found.offers(collective):
-                name = "native"
+                name = Native.name
         return self._algorithms[name]
 
     def _must_stage(self, array: Any) -> bool:

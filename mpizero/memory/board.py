@@ -16,9 +16,16 @@ import numpy as np
 
 from mpizero.memory.node_shared import PAGE, NodeMemory, Window
 
-# What a note can carry beside its integers. Up to this size combining the whole array on every rank
-# costs less than a second step.
-PAYLOAD_BYTES = 32 << 10
+# What a rank can show with a note. Large enough to make an exchange cheap beside it, small enough
+# for all ranks' payloads to stay in a shared cache. Where there is no room for that, less.
+PAYLOAD_BYTES = (1 << 20, 64 << 10, 8 << 10)
+
+# A board takes no more than this part of the room that there is: arrays want it too.
+_SHARE = 1 / 4
+
+# Three pages in turn. Whoever posts on one again has seen all ranks post on the one before, which
+# they do only when they have read what was shown on this one, also a step after it was.
+PAGES = 3
 
 _LINE_BYTES = 64  # a cache line: a rank that posts disturbs nobody who reads another's note
 
@@ -29,8 +36,10 @@ _EAGER_LOOKS, _YIELDING_LOOKS, _NAP_SECONDS = 2_000, 20_000, 100e-6
 
 @dataclass(frozen=True)
 class Page:
-    """One exchange. ``notes[r]`` holds rank r's counter and two integers; ``payloads[r]`` its
-    ``PAYLOAD_BYTES`` bytes. Both may be read until this rank's next exchange but one."""
+    """One exchange: ``notes[r]`` holds rank r's counter and two integers, ``payloads[r]`` bytes.
+
+    Both may be read until this rank's next exchange but one.
+    """
 
     notes: tuple[memoryview, ...]
     payloads: tuple[Any, ...]
@@ -42,23 +51,26 @@ class Board:
 
     def __init__(self, window: Window, rank: int, crowded: bool) -> None:
         self.rank, self.size = rank, len(window.parts)
-        self._sync = window.sync  # bound once: it is called twice in each exchange
+        self._sync = window.sync
         self._crowded = crowded  # more ranks than cores: waiting must not burn a time slice
-        # Two pages in turn: whoever posts on one again has seen all ranks post on the other, which
-        # they do only when they have read this one.
-        self.pages = tuple(_page(window, rank, at * _PAGE_BYTES) for at in range(2))
-        self.count = 0  # of exchanges so far; the next one is on page ``count & 1``
+        page_bytes = len(window.own) // PAGES
+        self.payload_bytes = page_bytes - PAGE
+        self.pages = tuple(_page(window, rank, at * page_bytes, page_bytes) for at in range(PAGES))
+        self.count = 0  # of exchanges so far; the next one is on page ``count % PAGES``
 
     @classmethod
     def open(cls, memory: NodeMemory, crowded: bool) -> Board | None:
         """A board for the ranks of ``memory``; None where there is no room. Collective."""
-        window = memory.window(2 * _PAGE_BYTES)
-        return None if window is None else cls(window, memory.comm.rank, crowded)
+        for payload_bytes in PAYLOAD_BYTES:
+            window = memory.window(PAGES * (PAGE + payload_bytes), _SHARE)
+            if window is not None:
+                return cls(window, memory.comm.rank, crowded)
+        return None
 
     @property
     def next(self) -> Page:
         """Where the next exchange takes place: a payload is put there before it."""
-        return self.pages[self.count & 1]
+        return self.pages[self.count % PAGES]
 
     def exchange(self, first: int = 0, second: int = 0) -> Page:
         """Post a note, and wait for everyone's. What each rank has stored before, all see after.
@@ -67,7 +79,7 @@ class Board:
         (MPI 4.1, section 12.7), without which a CPU that reorders them could show old values.
         """
         count = self.count
-        page = self.pages[count & 1]
+        page = self.pages[count % PAGES]
         self.count = count = count + 1
         own = page.own
         own[1], own[2] = first, second
@@ -91,11 +103,8 @@ class Board:
             self._sync()
 
 
-_PAGE_BYTES = PAGE + PAYLOAD_BYTES
-
-
-def _page(window: Window, rank: int, start: int) -> Page:
+def _page(window: Window, rank: int, start: int, nbytes: int) -> Page:
     lines = [part[start : start + _LINE_BYTES].view(np.int64) for part in window.parts]
     notes = tuple(line.data for line in lines)
-    payload = slice(start + PAGE, start + PAGE + PAYLOAD_BYTES)
+    payload = slice(start + PAGE, start + nbytes)
     return Page(notes, tuple(part[payload] for part in window.parts), notes[rank])

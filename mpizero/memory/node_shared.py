@@ -26,14 +26,15 @@ _SHM = "/dev/shm"
 
 NOWHERE = -1  # the spot of private memory
 
+# A spot is the number of a window and an offset in it, in one integer.
+_OFFSET_BITS = 44
+
 # Left free when memory is taken: MPI's own segments and other programs live there too.
 _SHM_RESERVE = 16 << 20
 
 
 class Window:
     """One shared allocation: ``parts[r]`` is the part of the node's rank r, as bytes."""
-
-    number = -1  # of those that arrays are allocated in; the same on all ranks
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
         mpi = load_mpi()
@@ -51,7 +52,6 @@ class Window:
             for rank in range(comm.size)
         )
         self.own = self.parts[comm.rank]
-        self.own[...] = 0  # first touch by the owner
         self.address = self.own.ctypes.data
         self._rank, self._nbytes = comm.rank, nbytes
         # Order this rank's loads and stores before and after (MPI_Win_sync). On CPUs that reorder
@@ -97,11 +97,15 @@ class NodeMemory:
         self.reclaim()
         dtype = np.dtype(dtype)
         nbytes = count * dtype.itemsize
-        window = self.window(nbytes) if nbytes else None
-        if window is None:
+        if nbytes == 0:
             return np.zeros(count, dtype)
-        window.number, self._next = self._next, self._next + 1
-        number = window.number
+        lacking = self._fits(nbytes)
+        if lacking is not None:
+            self._warn(lacking)
+            return np.zeros(count, dtype)
+        window = Window(self.comm, nbytes)
+        window.own[...] = 0  # first touch by the owner
+        number, self._next = self._next, self._next + 1
         self._windows[number] = window
         self._places = tuple(sorted([*self._places, (window.address, number)]))
         array = window.lend().view(dtype)
@@ -109,49 +113,34 @@ class NodeMemory:
         weakref.finalize(array.base, self._dead.add, number)
         return array
 
-    def window(self, nbytes: int, comm: MPI.Intracomm | None = None) -> Window | None:
-        """A window for good; None, with a warning the first time, where there is no room.
-
-        Collective over ``comm``, which must be of the same ranks (default: this memory's own).
-        """
-        comm = comm or self.comm
-        return Window(comm, nbytes) if self._fits(nbytes, comm) else None
-
-    def find(self, array: Any) -> tuple[Window, int] | None:
-        """The window in which a contiguous array lies, and its offset there in bytes.
-
-        None for private memory. Says nothing of other ranks: they must agree that they mean the
-        same spot.
-        """
-        places = self._places
-        if not places or not isinstance(array, np.ndarray):
-            return None
-        address = array.ctypes.data
-        at = bisect.bisect(places, (address, self._next)) - 1
-        if at < 0:
-            return None
-        start, number = places[at]
-        window, offset = self._windows[number], address - start
-        if offset + array.nbytes > window.own.nbytes:
-            return None
-        return window, offset
+    def window(self, nbytes: int, share: float = 1.0) -> Window | None:
+        """A window for good; None if it would take more than ``share`` of the room. Collective."""
+        return Window(self.comm, nbytes) if self._fits(nbytes, share) is None else None
 
     def spot(self, array: Any) -> int:
         """Where a contiguous array lies in node-shared memory, as one integer; else ``NOWHERE``.
 
         Ranks whose arrays are each other's counterparts get the same.
         """
-        found = self.find(array)
-        return NOWHERE if found is None else found[0].number << 44 | found[1]
+        places = self._places
+        if not places or not isinstance(array, np.ndarray):
+            return NOWHERE
+        address = array.ctypes.data
+        at = bisect.bisect(places, (address, self._next)) - 1
+        if at < 0:
+            return NOWHERE
+        start, number = places[at]
+        offset = address - start
+        if offset + array.nbytes > self._windows[number].own.nbytes:
+            return NOWHERE
+        return number << _OFFSET_BITS | offset
 
-    def counterparts(self, array: Any) -> list[Any]:
-        """All ranks' arrays of the same form at the same spot."""
-        found = self.find(array)
-        if found is None:
-            raise ValueError("the array does not lie in node-shared memory")
-        window, offset = found
-        end = offset + array.nbytes
-        return [part[offset:end].view(array.dtype) for part in window.parts]
+    def counterparts(self, array: Any, spot: int) -> list[Any]:
+        """All ranks' arrays of the form of ``array`` at a spot that all have agreed upon."""
+        offset = spot & ((1 << _OFFSET_BITS) - 1)
+        end, dtype = offset + array.nbytes, array.dtype
+        parts = self._windows[spot >> _OFFSET_BITS].parts
+        return [part[offset:end].view(dtype) for part in parts]
 
     def reclaim(self) -> None:
         """Free the windows that no rank of the node uses any more. Collective over the node."""
@@ -175,13 +164,20 @@ class NodeMemory:
         self._dead.discard(number)
         window.free()
 
-    def _fits(self, nbytes: int, comm: MPI.Intracomm) -> bool:
-        """Room for all ranks' parts? The node's first rank looks, so that all say the same."""
-        free: int | None = comm.bcast(_free_shared_memory())
-        needed = sum(comm.allgather(nbytes)) + PAGE * comm.size
-        if free is None or needed + _SHM_RESERVE <= free:
-            return True
-        if not self._warned and comm.rank == 0:
+    def _fits(self, nbytes: int, share: float = 1.0) -> tuple[int, int] | None:
+        """None if ``share`` of the room is enough for all ranks' parts; else (free, needed) bytes.
+
+        The node's first rank looks, so that all say the same.
+        """
+        free: int | None = self.comm.bcast(_free_shared_memory())
+        needed = sum(self.comm.allgather(nbytes)) + PAGE * self.comm.size
+        if free is None or needed <= (free - _SHM_RESERVE) * share:
+            return None
+        return free, needed
+
+    def _warn(self, lacking: tuple[int, int]) -> None:
+        free, needed = lacking
+        if not self._warned and self.comm.rank == 0:
             warnings.warn(
                 f"{_SHM} has {free >> 20} MiB free and {needed >> 20} MiB are needed for "
                 "node-shared memory; going on with private memory, which is slower. To raise it: "
@@ -191,7 +187,6 @@ class NodeMemory:
                 stacklevel=4,
             )
         self._warned = True
-        return False
 
 
 def _free_shared_memory() -> int | None:

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import empty_like
+from mpizero.memory.arrays import empty_like, overlap
 from mpizero.memory.dtypes import is_half, kind_of
 from mpizero.reduction.half import narrow, widen
 
 Divisor = Callable[[], float]
 
-# Elements combined at a time: three float32 blocks of this size stay in a 512 KiB L2 cache.
-BLOCK = 32 * 1024
+# Elements combined at a time: two float32 blocks of this size fill a 512 KiB L2 cache. (Measured on
+# 1 MB and 128 MB at 2 and 4 ranks: half of it is 5 to 20 % slower, twice of it as fast.)
+BLOCK = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,23 @@ class Operation:
         if outs[0].size == 0:
             return
         half = is_half(rows[0].dtype)
-        room = None if half else empty_like(rows[0], (min(BLOCK, rows[0].size),))
+        # Totals are kept in the first output, unless a row that is still to be read lies there.
+        direct = outs[0] is rows[0] or not (half or _any_overlap(outs[0], rows))
+        room = None if half or direct else empty_like(rows[0], (min(BLOCK, rows[0].size),))
         with np.errstate(all="ignore"):
             for start in range(0, outs[0].size, BLOCK):
                 part = slice(start, start + BLOCK)
                 blocks = [row[part] for row in rows]
-                total = self._widened_total(blocks) if half else self._total(blocks, room)
                 first = outs[0][part]
+                if half:
+                    total = self._widened_total(blocks)
+                else:
+                    total = self._total(blocks, first if room is None else room[: first.size])
                 self.finish_into(total, first)
                 for out in outs[1:]:
                     out[part] = first
 
-    def _total(self, blocks: Sequence[Any], room: Any) -> Any:
-        total = room[: blocks[0].size]
+    def _total(self, blocks: Sequence[Any], total: Any) -> Any:
         if len(blocks) == 1:
             total[...] = blocks[0]
         else:
@@ -107,6 +112,10 @@ class Operation:
             narrow(total, out)
         elif total is not out:
             out[...] = total
+
+
+def _any_overlap(out: Any, rows: Sequence[Any]) -> bool:
+    return any(overlap(out, row) for row in rows)
 
 
 _FUNCTIONS = {

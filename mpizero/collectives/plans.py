@@ -1,0 +1,197 @@
+"""Blocking all-reduces within a node, by plans: what was worked out about a call is kept.
+
+Training repeats its calls, and what a small one costs is Python's time more than the memory's. So
+the description of a call, its fingerprint and its algorithm are worked out once for each *form*
+(dtype, shape, operation, algorithm): ``benchmarks/allreduce.py`` shows what that leaves of a call,
+beside mpi4py's own.
+
+Where the sum is formed in the board's payloads, the data travels with the agreement: a small array
+takes one step, in which every rank combines everything; a middling one takes two.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpizero.collectives.agreement import Agreement, fingerprint
+from mpizero.collectives.interface import Algorithm
+from mpizero.collectives.node_shared import NodeShared
+from mpizero.collectives.transport import cut_evenly
+from mpizero.memory.board import PAGES, Board
+from mpizero.memory.dtypes import is_half
+from mpizero.memory.node_shared import NOWHERE, NodeMemory
+from mpizero.reduction import Operation
+
+Form = tuple[Any, ...]  # dtype, shape, name of the operation, algorithm
+
+Rows = tuple[Any, ...]  # every rank's array, in rank order
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """How a small all-reduce goes.
+
+    ``rows[p]``: where the ranks' arrays lie on the board's page p, in the form's shape.
+    """
+
+    description: str
+    fingerprint: int
+    rows: tuple[Rows, ...]
+    reduce: Callable[[Rows, Any], None]
+
+
+@dataclass(frozen=True)
+class BySpot:
+    """How a larger all-reduce goes: in one of two ways, by where the array lies.
+
+    Where it lies is looked up once: numpy's way to tell an array's address takes as long as an
+    exchange. ``seen``: by the array's id, a reference to it, its spot, and the slices of all ranks'
+    counterparts that this rank combines.
+    """
+
+    description: str
+    fingerprint: int
+    op: Operation
+    shared: Algorithm
+    private: Algorithm
+    travels: bool  # private data is shown with the agreement
+    seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
+
+
+Plan = OneStep | BySpot
+
+
+class Plans:
+    """Plans for all-reduces of host arrays over a node's ``board``.
+
+    Every rank must take the same steps, so a plan depends on the form alone, and every such
+    all-reduce goes by its plan. Belongs to one thread at a time, like the board.
+    """
+
+    def __init__(
+        self, board: Board, agreement: Agreement, memory: NodeMemory, node: NodeShared
+    ) -> None:
+        self._board = board
+        self._agreement = agreement
+        self._memory = memory
+        self._node = node
+        self._plans: dict[Form, Plan] = {}
+
+    def find(self, array: Any, op: Any, algorithm: Any) -> Plan | None:
+        """The plan for such an all-reduce, if there has been one."""
+        try:
+            return self._plans.get((array.dtype, array.shape, op, algorithm))
+        except TypeError:  # not hashable: some argument is not what it should be
+            return None
+
+    def make(
+        self,
+        array: Any,
+        algorithm: str,
+        op: Operation,
+        description: str,
+        shared: Algorithm,
+        private: Algorithm,
+    ) -> Plan:
+        """Keep a plan for a form that has been found to be right."""
+        mine, nbytes = fingerprint(description), array.nbytes
+        plan: Plan
+        if private is self._node and nbytes <= self._node.small_bytes:
+            rows = tuple(
+                tuple(p[:nbytes].view(array.dtype).reshape(array.shape) for p in page.payloads)
+                for page in self._board.pages
+            )
+            reduce = _widened_reduction(op) if is_half(array.dtype) else _reduction(op)
+            plan = OneStep(description, mine, rows, reduce)
+        else:
+            travels = private is self._node and nbytes <= self._node.slot_bytes
+            plan = BySpot(description, mine, op, shared, private, travels)
+        self._plans[array.dtype, array.shape, op.name, algorithm] = plan
+        return plan
+
+    def carry_out(self, plan: Plan, array: Any) -> None:
+        """All-reduce the contiguous ``array``, of the plan's size, in place."""
+        if isinstance(plan, OneStep):
+            self._take_one_step(plan, array)
+        else:
+            self._go_by_spot(plan, array)
+
+    def _take_one_step(self, plan: OneStep, array: Any) -> None:
+        board = self._board
+        rows = plan.rows[board.count % PAGES]
+        array = array.reshape(rows[0].shape)
+        rows[board.rank][...] = array
+        mine = plan.fingerprint
+        for note in board.exchange(mine).notes:
+            if note[1] != mine:
+                self._agreement.explain(plan.description)
+        plan.reduce(rows, array)
+
+    def _go_by_spot(self, plan: BySpot, array: Any) -> None:
+        known = plan.seen.get(id(array))
+        if known is None or known[0]() is not array:
+            known = self._look_up(plan, array)
+        _, spot, slices = known
+        slots = None
+        if plan.travels and spot == NOWHERE:
+            slots = self._node.show(array.reshape(-1))
+        common = self._agreement.compare(plan.fingerprint, spot, plan.description)
+        if common == NOWHERE and slots is not None:
+            self._node.all_reduce_shown(slots, array.reshape(-1), plan.op)
+        elif common is None or common == NOWHERE:
+            plan.private.all_reduce(array.reshape(-1), plan.op)
+        elif plan.shared is self._node:
+            self._node.all_reduce_slices(slices, plan.op)
+        else:
+            plan.shared.all_reduce(array.reshape(-1), plan.op)
+
+    def _look_up(self, plan: BySpot, array: Any) -> tuple[weakref.ref[Any], int, list[Any]]:
+        flat = array.reshape(-1)
+        spot = self._memory.spot(flat)
+        slices = []
+        if spot != NOWHERE:
+            own = cut_evenly(flat.size, self._board.size)[self._board.rank]
+            slices = [part[own] for part in self._memory.counterparts(flat, spot)]
+        number, seen = id(array), plan.seen
+        known = weakref.ref(array, lambda _: seen.pop(number, None)), spot, slices
+        seen[number] = known
+        return known
+
+
+def _reduction(op: Operation) -> Callable[[Rows, Any], None]:
+    # NaN and overflow are the user's to see in the result. Numpy's error state is a context
+    # variable: a context that ignores them is entered in a fifth of the time of np.errstate.
+    quietly = contextvars.copy_context()
+    quietly.run(np.seterr, all="ignore")
+    function, divisor = op.function, op.divisor
+    if function in (np.maximum, np.minimum):  # the others take ``out`` by place, which is quicker
+        function = _with_out(function)
+
+    def reduce(rows: Rows, target: Any) -> None:
+        quietly.run(function, rows[0], rows[1], target)
+        for row in rows[2:]:
+            quietly.run(function, target, row, target)
+        if divisor is not None:
+            quietly.run(np.divide, target, divisor(), target)
+
+    return reduce
+
+
+def _with_out(function: Any) -> Callable[[Any, Any, Any], None]:
+    return lambda first, second, out: function(first, second, out=out)
+
+
+def _widened_reduction(op: Operation) -> Callable[[Rows, Any], None]:
+    def reduce(rows: Rows, target: Any) -> None:
+        flat = [row.reshape(-1) for row in rows]
+        total = np.empty_like(flat[0])
+        op.reduce_rows(flat, total)
+        target[...] = total.reshape(target.shape)
+
+    return reduce
