@@ -48,7 +48,9 @@ def test_every_rank_can_address_every_part() -> None:
 @pytest.mark.parametrize(
     "dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32]
 )
-@pytest.mark.parametrize("count", [1, 7, 5000, 90_001, PAYLOAD_BYTES[0] // 4 + 13, PAYLOAD_BYTES[0] + 1])
+@pytest.mark.parametrize(
+    "count", [1, 7, 5000, 90_001, PAYLOAD_BYTES[0] // 4 + 13, PAYLOAD_BYTES[0] + 1]
+)
 @pytest.mark.parametrize("place", ["shared", "private", "mixed"])
 def test_all_reduce_wherever_the_array_lies(place: str, count: int, dtype: object) -> None:
     world = mpizero.init()

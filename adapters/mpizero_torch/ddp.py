@@ -68,6 +68,7 @@ class DistributedDataParallel(nn.Module):
         self._synchronise = True
         self._stated: Weight | None = None
         self._hooks: GradientHooks | None = None
+        self._were_trainable: list[bool] = []
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ArgumentError(
                 _NAME,
@@ -184,8 +185,10 @@ class DistributedDataParallel(nn.Module):
         """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
         if self.world.size == 1 and self._stated is None:
             return
-        trainable = [(name, p) for name, p in self._named if p.requires_grad]
-        if self._hooks is None or not self._hooks.parameters_are([p for _, p in trainable]):
+        are_trainable = [parameter.requires_grad for _, parameter in self._named]
+        if self._hooks is None or are_trainable != self._were_trainable:
+            self._were_trainable = are_trainable
+            trainable = [(name, p) for name, p in self._named if p.requires_grad]
             if self._hooks is not None:
                 self._hooks.remove()
             self._hooks = GradientHooks(

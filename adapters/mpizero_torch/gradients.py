@@ -56,12 +56,6 @@ class GradientHooks:
             for index, parameter in enumerate(self._parameters)
         ]
 
-    def parameters_are(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """True if these are the parameters that are watched."""
-        return len(parameters) == len(self._parameters) and all(
-            ours is theirs for ours, theirs in zip(self._parameters, parameters, strict=True)
-        )
-
     def remove(self) -> None:
         """Watch no more."""
         for handle in self._handles:

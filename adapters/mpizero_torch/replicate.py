@@ -50,7 +50,10 @@ class Buffers:
     """A module's buffers (BatchNorm's statistics, for instance), kept as one rank's."""
 
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
-        self._module, self._ignored = module, set(ignored)
+        # Walking the modules takes longer than all else that happens here, in every step. So where
+        # buffers are held is looked up once; which ones, each time.
+        self._held = [(name, part._buffers) for name, part in module.named_modules()]
+        self._ignored = set(ignored)
         self._seen = self._versions()
 
     def changed(self) -> bool:
@@ -63,7 +66,15 @@ class Buffers:
         self._seen = self._versions()
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [b for name, b in self._module.named_buffers() if name not in self._ignored]
+        found: dict[int, torch.Tensor] = {}
+        for module, held in self._held:
+            for name, buffer in held.items():
+                if (
+                    buffer is not None
+                    and ".".join(filter(None, (module, name))) not in self._ignored
+                ):
+                    found.setdefault(id(buffer), buffer)
+        return list(found.values())
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(id(b), -1 if b.is_inference() else b._version) for b in self._buffers()]

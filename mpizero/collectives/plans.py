@@ -15,18 +15,24 @@ import contextvars
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mpizero.collectives.agreement import Agreement, fingerprint
 from mpizero.collectives.interface import Algorithm
+from mpizero.collectives.native import Native
 from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.board import PAGES, Board
 from mpizero.memory.dtypes import is_half
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.reduction import Operation
+
+# Up to this size it does not pay to ask where an array lies; larger ones in node-shared memory are
+# reduced where they are.
+_ONE_WAY_BYTES = 64 << 10
 
 Form = tuple[Any, ...]  # dtype, shape, name of the operation, algorithm
 
@@ -59,7 +65,7 @@ class BySpot:
     fingerprint: int
     op: Operation
     shared: Algorithm
-    private: Algorithm
+    private: Callable[[Any], None]
     travels: bool  # private data is shown with the agreement
     seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
 
@@ -102,7 +108,7 @@ class Plans:
         """Keep a plan for a form that has been found to be right."""
         mine, nbytes = fingerprint(description), array.nbytes
         plan: Plan
-        if private is self._node and nbytes <= self._node.small_bytes:
+        if private is self._node and nbytes <= min(_ONE_WAY_BYTES, self._node.small_bytes):
             rows = tuple(
                 tuple(p[:nbytes].view(array.dtype).reshape(array.shape) for p in page.payloads)
                 for page in self._board.pages
@@ -111,7 +117,11 @@ class Plans:
             plan = OneStep(description, mine, rows, reduce)
         else:
             travels = private is self._node and nbytes <= self._node.slot_bytes
-            plan = BySpot(description, mine, op, shared, private, travels)
+            if isinstance(private, Native):
+                run = private.prepared(array, op)
+            else:
+                run = partial(private.all_reduce, op=op)
+            plan = BySpot(description, mine, op, shared, run, travels)
         self._plans[array.dtype, array.shape, op.name, algorithm] = plan
         return plan
 
@@ -143,9 +153,12 @@ class Plans:
             slots = self._node.show(array.reshape(-1))
         common = self._agreement.compare(plan.fingerprint, spot, plan.description)
         if common == NOWHERE and slots is not None:
-            self._node.all_reduce_shown(slots, array.reshape(-1), plan.op)
+            if array.nbytes <= self._node.small_bytes:
+                plan.op.reduce_rows(slots, array.reshape(-1))
+            else:
+                self._node.all_reduce_shown(slots, array.reshape(-1), plan.op)
         elif common is None or common == NOWHERE:
-            plan.private.all_reduce(array.reshape(-1), plan.op)
+            plan.private(array.reshape(-1))
         elif plan.shared is self._node:
             self._node.all_reduce_slices(slices, plan.op)
         else:

@@ -119,21 +119,24 @@ class GradientReducer:
         """
         if self._opening_handle is None:
             return
-        self._came[index] += 1
-        self._arrivals.append(index)
+        came = self._came
+        came[index] += 1
+        if not self._order_is_final:
+            self._arrivals.append(index)
         if not self._overlap or self._expected is None:
             return
         bucket = self._bucket_of[index]
         if bucket.handle is not None:
             raise MismatchError(
                 f"parameter '{self._specs[index].name}' received a gradient "
-                f"{self._came[index]} times in this backward pass, "
+                f"{came[index]} times in this backward pass, "
                 f"{self._expected[index]} times before, and was being averaged already. "
                 "Use overlap=False for models whose use of a parameter changes from step to step."
             )
-        if self._came[index] == self._expected[index]:
+        if came[index] == self._expected[index]:
             bucket.missing -= 1
-            self._launch_full_ones()
+            if bucket.missing == 0:
+                self._launch_full_ones()
 
     def close(self, has_gradient: Sequence[bool]) -> list[bool]:
         """Backward is over. Returns for which parameters any rank has a gradient.
@@ -245,6 +248,7 @@ class GradientReducer:
     def _build(self, order: Sequence[int]) -> None:
         groups = cut_into_buckets(self._specs, order, FIRST_BUCKET_BYTES, self._bucket_bytes)
         self._buckets = [make_bucket(self._specs, members, self._allocate) for members in groups]
-        self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.members}
+        of = {index: bucket for bucket in self._buckets for index in bucket.members}
+        self._bucket_of = [of[index] for index in range(len(self._specs))]
         self._launched = 0
         self.generation += 1
