@@ -69,6 +69,24 @@ format: $(MPICH)/.dev-installed ## format the code and fix what can be fixed
 environments: ## make both environments, with development tools
 	@$(MAKE) --no-print-directory -j2 $(MPICH)/.dev-installed $(OPENMPI)/.dev-installed
 
+# Seconds for each size of the sweep; GPT-2 on four ranks leaves no room for the one that trains alone.
+BENCH_SECONDS ?= 0.5
+BENCH = $(MPICH)/bin/mpirun -n $(1) $(MPICH)/bin/python benchmarks/$(2)
+FIGURES := docs/figures
+
+.PHONY: bench
+bench: $(MPICH)/.dev-installed ## the benchmarks of docs/performance.md (10 minutes; leave the machine alone)
+	@mkdir -p $(FIGURES)
+	@for n in 2 4; do \
+	  $(call BENCH,$$n,allreduce.py) --seconds $(BENCH_SECONDS) \
+	    --json $(FIGURES)/allreduce-$$n.json --plot $(FIGURES)/allreduce-$$n.png; \
+	  for model in gpt2 gpt10m mlp200; do \
+	    alone=; if [ $$model-$$n = gpt2-4 ]; then alone=--without-alone; fi; \
+	    $(call BENCH,$$n,train_step.py) --model $$model $$alone \
+	      --json $(FIGURES)/train-$$model-$$n.json --plot $(FIGURES)/train-$$model-$$n.png; \
+	  done; \
+	done
+
 .PHONY: clean
 clean: ## remove environments, builds and caches
 	rm -rf $(MPICH) $(OPENMPI) build dist *.egg-info .hypothesis .import_linter_cache \

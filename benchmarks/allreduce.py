@@ -44,7 +44,9 @@ def contestants(world: World, nbytes: int, dtype: torch.dtype) -> dict[str, Call
     count = nbytes // dtype.itemsize
     numpy_dtype = numpy_dtype_of(dtype)
     shared = world.allocate(count, numpy_dtype)
-    private, source = np.zeros(count, numpy_dtype), np.zeros(count, numpy_dtype)
+    private = np.zeros(count, numpy_dtype)
+    # Ones are in memory; untouched zeros would all be read from one page of the kernel's.
+    source = np.ones(count, numpy_dtype)
     mpi, gloo = np.zeros(count, np.float32), torch.zeros(count, dtype=dtype)
     return {
         SHARED: partial(world.allreduce, shared),

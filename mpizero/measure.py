@@ -20,14 +20,18 @@ def seconds_of(
 
     A sample counts from a barrier to the end on the slowest rank; of short works, the mean of as
     many in a row as take a millisecond, as osu_allreduce and nccl-tests do. The works take turns,
-    so that what disturbs the machine disturbs them alike. ``budget``: seconds for all together.
+    so that what disturbs the machine disturbs them alike, and each comes first, second and so on
+    as often as the others. ``budget``: seconds for all together.
     """
-    samples: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    samples: dict[str, list[float]] = {name: [] for name in names}
     repeats = {name: _repeats(world, work) for name, work in works.items()}
     rounds, end = 3, time.perf_counter() + budget
     done = 0
     while done < rounds:
-        for name, work in works.items():
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            work = works[name]
             world.barrier()
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -36,8 +40,8 @@ def seconds_of(
         done += 1
         # Rank 0's clock decides for all how many rounds there are.
         rounds += world.broadcast_object(time.perf_counter() < end and done >= rounds)
-    slowest = world.allreduce(np.array([samples[name] for name in works]), "max")
-    return {name: statistics.median(row) for name, row in zip(works, slowest.tolist(), strict=True)}
+    slowest = world.allreduce(np.array([samples[name] for name in names]), "max")
+    return {name: statistics.median(row) for name, row in zip(names, slowest.tolist(), strict=True)}
 
 
 def _repeats(world: World, work: Callable[[], object]) -> int:

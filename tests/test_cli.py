@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mpizero.cli.tune import _bucket_bytes, _rules
 from mpizero.collectives import tuning
 from mpizero.collectives.choose import Place, choose
 from mpizero.collectives.tuning import ALL_BYTES, BUILT_IN, Tuning, case
@@ -79,3 +80,12 @@ def test_tables_are_kept_side_by_side(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tuning._read(tuning.job_key(4, 2)).bucket_bytes == 7
     monkeypatch.setenv("MPIZERO_TUNING", "off")
     assert tuning.save(first, 2, 1) is None and tuning._read(tuning.job_key(2, 1)) is BUILT_IN
+
+
+def test_measured_times_become_rules_and_a_bucket_size() -> None:
+    best = [(256, "native"), (1024, "native"), (4096, "ring"), (16384, "node_shared")]
+    assert _rules(best) == ((2048, "native"), (8192, "ring"), (ALL_BYTES, "node_shared"))
+    # 10 GB/s from 4 MiB on: larger buckets only wait longer for their gradients.
+    times = [(n << 20, (n << 20) / speed) for n, speed in ((1, 5e9), (4, 9.5e9), (16, 1e10))]
+    assert _bucket_bytes(times) == 4 << 20
+    assert _bucket_bytes([(4096, 1e-6)]) == Tuning().bucket_bytes  # nothing large was measured

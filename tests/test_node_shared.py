@@ -216,3 +216,37 @@ def test_ten_thousand_small_collectives(mode: str, monkeypatch: pytest.MonkeyPat
     for handle, wanted in flying:
         assert (handle.wait() == wanted).all()
     world.close()
+
+
+@several_ranks
+@pytest.mark.parametrize("count", [7, 20_001, 60_001, 200_001, 400_001])
+def test_ranks_may_hold_different_kinds_of_arrays(count: int) -> None:
+    """What is kept of earlier calls, or where an array lies, must not lead ranks separate ways."""
+    world = mpizero.init()
+    room = world.allocate(count, np.float32)
+    kinds = {
+        "private": lambda: np.empty(count, np.float32),
+        "shared": lambda: room,
+        "every second": lambda: np.empty(2 * count, np.float32)[::2],
+        "memoryview": lambda: memoryview(np.empty(count, np.float32)),
+    }
+    expected = sum(pattern(r, count, np.float32) for r in range(world.size))
+    names = list(kinds)
+    for turn in range(3 * len(names)):
+        array = kinds[names[(turn * (1 + world.rank)) % len(names)]]()
+        np.asarray(array)[...] = pattern(world.rank, count, np.float32)
+        world.allreduce(array)
+        assert (np.asarray(array) == expected).all()
+
+
+@several_ranks
+def test_an_array_that_takes_anothers_id_is_looked_up_again() -> None:
+    world = mpizero.init()
+    count = 300_000
+    for step in range(6):
+        array = world.allocate(count, np.float32) if step % 2 else np.empty(count, np.float32)
+        array[...] = pattern(world.rank, count, np.float32) + step
+        world.allreduce(array, "max")
+        expected = np.max([pattern(r, count, np.float32) for r in range(world.size)], axis=0)
+        assert (array == expected + step).all()
+        del array

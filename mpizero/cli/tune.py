@@ -17,6 +17,8 @@ _SIZES = [4**k for k in range(4, 14)]  # 256 B to 64 MiB
 # What is not the MPI's own must be better by this much, or measuring again would change its mind.
 _MARGIN = 0.95
 
+_NEARLY = 0.9
+
 
 @click.command()
 @click.option("--seconds", default=0.15, show_default=True, help="Time for each size and case.")
@@ -31,22 +33,29 @@ def tune(seconds: float, largest: int) -> None:
         raise click.ClickException("one rank has nothing to choose: start it with mpirun -n ...")
     one_node = world.node_count == 1
     rules: dict[str, Rules] = {}
+    bucket_bytes = Tuning().bucket_bytes
     for half in (False, True):
         for shared in (True, False) if one_node else (False,):
             name = case(half, shared, one_node)
-            rules[name] = _best(world, half, shared, seconds, largest)
+            best = _measure(world, half, shared, seconds, largest)
+            rules[name] = _rules([(nbytes, algorithm) for nbytes, algorithm, _ in best])
+            if not half and shared == one_node:  # where gradients lie
+                bucket_bytes = _bucket_bytes([(nbytes, time) for nbytes, _, time in best])
             if world.rank == 0:
                 click.echo(f"{name}: " + ", ".join(f"{a} to {_text(n)}" for n, a in rules[name]))
-    tuning = Tuning(rules, source="tuned")
+    tuning = Tuning(rules, bucket_bytes, source="tuned")
     if world.rank == 0:
+        click.echo(f"gradient buckets of {_text(bucket_bytes)}")
         path = save(tuning, world.local_size, world.node_count)
         click.echo(f"written to {path}" if path else "not written: MPIZERO_TUNING=off")
 
 
-def _best(world: World, half: bool, shared: bool, seconds: float, largest: int) -> Rules:
-    """The fastest algorithm up to each size, neighbours with the same one joined."""
+def _measure(
+    world: World, half: bool, shared: bool, seconds: float, largest: int
+) -> list[tuple[int, str, float]]:
+    """For each size in bytes: the fastest algorithm, and the seconds that it takes."""
     dtype = np.dtype(ml_dtypes.bfloat16 if half else np.float32)
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, str, float]] = []
     for nbytes in [size for size in _SIZES if size <= largest]:
         count = nbytes // dtype.itemsize
         array = world.allocate(count, dtype) if shared else np.zeros(count, dtype)
@@ -56,10 +65,28 @@ def _best(world: World, half: bool, shared: bool, seconds: float, largest: int) 
         }
         times = seconds_of(world, works, seconds)
         best = min(times, key=lambda name: times[name] * (1 if name == "native" else 1 / _MARGIN))
-        if found and found[-1][1] == best:
+        found.append((nbytes, best, times[best]))
+    return found
+
+
+def _rules(best: list[tuple[int, str]]) -> Rules:
+    """The fastest algorithm up to each size, neighbours with the same one joined."""
+    found: list[tuple[int, str]] = []
+    for nbytes, algorithm in best:
+        if found and found[-1][1] == algorithm:
             found.pop()
-        found.append((nbytes * 2, best))  # up to halfway to the next size
+        found.append((nbytes * 2, algorithm))  # up to halfway to the next size
     return (*found[:-1], (ALL_BYTES, found[-1][1]))
+
+
+def _bucket_bytes(times: list[tuple[int, float]]) -> int:
+    """The smallest bucket that moves bytes nearly as fast as the best, so that most can overlap.
+
+    At least a MiB: each bucket costs a few calls besides.
+    """
+    speed = {nbytes: nbytes / seconds for nbytes, seconds in times}
+    enough = [n for n in speed if speed[n] >= _NEARLY * max(speed.values()) and n >= 1 << 20]
+    return min(enough, default=Tuning().bucket_bytes)
 
 
 def _text(nbytes: int) -> str:

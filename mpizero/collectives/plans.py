@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,9 +34,14 @@ from mpizero.reduction import Operation
 # reduced where they are.
 _ONE_WAY_BYTES = 64 << 10
 
+_MOST_PLANS = 1024
+
+# Up to so many 16-bit numbers are widened by numpy's casts.
+_SHORT_HALF = 4096
+
 Form = tuple[Any, ...]  # dtype, shape, name of the operation, algorithm
 
-Rows = tuple[Any, ...]  # every rank's array, in rank order
+Rows = Sequence[Any]  # every rank's array, in rank order
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class BySpot:
     op: Operation
     shared: Algorithm
     private: Callable[[Any], None]
-    travels: bool  # private data is shown with the agreement
+    one_step: OneStep | None  # for private arrays that are small enough
+    travels: bool  # other private data is shown with the agreement, too, and summed in two steps
     seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
 
 
@@ -107,21 +113,22 @@ class Plans:
     ) -> Plan:
         """Keep a plan for a form that has been found to be right."""
         mine, nbytes = fingerprint(description), array.nbytes
+        node = private is self._node
+        one_step = None
+        if node and nbytes <= self._node.small_bytes:
+            one_step = OneStep(description, mine, self._rows(array), _reduction_of(array, op))
         plan: Plan
-        if private is self._node and nbytes <= min(_ONE_WAY_BYTES, self._node.small_bytes):
-            rows = tuple(
-                tuple(p[:nbytes].view(array.dtype).reshape(array.shape) for p in page.payloads)
-                for page in self._board.pages
-            )
-            reduce = _widened_reduction(op) if is_half(array.dtype) else _reduction(op)
-            plan = OneStep(description, mine, rows, reduce)
+        if one_step is not None and nbytes <= _ONE_WAY_BYTES:
+            plan = one_step
         else:
-            travels = private is self._node and nbytes <= self._node.slot_bytes
             if isinstance(private, Native):
                 run = private.prepared(array, op)
             else:
                 run = partial(private.all_reduce, op=op)
-            plan = BySpot(description, mine, op, shared, run, travels)
+            travels = node and one_step is None and nbytes <= self._node.slot_bytes
+            plan = BySpot(description, mine, op, shared, run, one_step, travels)
+        if len(self._plans) >= _MOST_PLANS:  # a program without habits: start over
+            self._plans.clear()
         self._plans[array.dtype, array.shape, op.name, algorithm] = plan
         return plan
 
@@ -135,7 +142,7 @@ class Plans:
     def _take_one_step(self, plan: OneStep, array: Any) -> None:
         board = self._board
         rows = plan.rows[board.count % PAGES]
-        array = array.reshape(rows[0].shape)
+        array = array.reshape(rows[0].shape)  # contiguous: a view
         rows[board.rank][...] = array
         mine = plan.fingerprint
         for note in board.exchange(mine).notes:
@@ -148,21 +155,33 @@ class Plans:
         if known is None or known[0]() is not array:
             known = self._look_up(plan, array)
         _, spot, slices = known
-        slots = None
-        if plan.travels and spot == NOWHERE:
-            slots = self._node.show(array.reshape(-1))
+        shown: Sequence[Any] | None = None
+        if spot == NOWHERE and plan.one_step is not None:
+            shown = plan.one_step.rows[self._board.count % PAGES]
+            array = array.reshape(shown[0].shape)
+            shown[self._board.rank][...] = array
+        elif spot == NOWHERE and plan.travels:
+            shown = self._node.show(array.reshape(-1))
         common = self._agreement.compare(plan.fingerprint, spot, plan.description)
-        if common == NOWHERE and slots is not None:
-            if array.nbytes <= self._node.small_bytes:
-                plan.op.reduce_rows(slots, array.reshape(-1))
+        if common == NOWHERE and shown is not None:
+            if plan.one_step is not None:
+                plan.one_step.reduce(shown, array)
             else:
-                self._node.all_reduce_shown(slots, array.reshape(-1), plan.op)
+                self._node.all_reduce_shown(shown, array.reshape(-1), plan.op)
         elif common is None or common == NOWHERE:
             plan.private(array.reshape(-1))
         elif plan.shared is self._node:
             self._node.all_reduce_slices(slices, plan.op)
         else:
             plan.shared.all_reduce(array.reshape(-1), plan.op)
+
+    def _rows(self, array: Any) -> tuple[Rows, ...]:
+        """Where arrays of this form lie on each page, for every rank."""
+        nbytes, dtype, shape = array.nbytes, array.dtype, array.shape
+        return tuple(
+            tuple(payload[:nbytes].view(dtype).reshape(shape) for payload in page.payloads)
+            for page in self._board.pages
+        )
 
     def _look_up(self, plan: BySpot, array: Any) -> tuple[weakref.ref[Any], int, list[Any]]:
         flat = array.reshape(-1)
@@ -177,21 +196,42 @@ class Plans:
         return known
 
 
+def _reduction_of(array: Any, op: Operation) -> Callable[[Rows, Any], None]:
+    if not is_half(array.dtype):
+        return _reduction(op)
+    return _by_numpys_casts(op) if array.size <= _SHORT_HALF else _by_blocks(op)
+
+
 def _reduction(op: Operation) -> Callable[[Rows, Any], None]:
-    # NaN and overflow are the user's to see in the result. Numpy's error state is a context
-    # variable: a context that ignores them is entered in a fifth of the time of np.errstate.
-    quietly = contextvars.copy_context()
-    quietly.run(np.seterr, all="ignore")
-    function, divisor = op.function, op.divisor
+    run, function, divisor = _quietly(), op.function, op.divisor
     if function in (np.maximum, np.minimum):  # the others take ``out`` by place, which is quicker
         function = _with_out(function)
 
     def reduce(rows: Rows, target: Any) -> None:
-        quietly.run(function, rows[0], rows[1], target)
+        run(function, rows[0], rows[1], target)
         for row in rows[2:]:
-            quietly.run(function, target, row, target)
+            run(function, target, row, target)
         if divisor is not None:
-            quietly.run(np.divide, target, divisor(), target)
+            run(np.divide, target, divisor(), target)
+
+    return reduce
+
+
+def _by_numpys_casts(op: Operation) -> Callable[[Rows, Any], None]:
+    """16-bit rows, widened and rounded by numpy: for short ones its calls cost least."""
+    reduce, run = _reduction(op), _quietly()
+
+    def reduce_and_round(rows: Rows, target: Any) -> None:
+        total = np.empty(target.shape, np.float32)
+        reduce(tuple(row.astype(np.float32) for row in rows), total)
+        run(np.copyto, target, total, "same_kind")
+
+    return reduce_and_round
+
+
+def _by_blocks(op: Operation) -> Callable[[Rows, Any], None]:
+    def reduce(rows: Rows, target: Any) -> None:
+        op.reduce_rows([row.reshape(-1) for row in rows], target.reshape(-1))
 
     return reduce
 
@@ -200,11 +240,14 @@ def _with_out(function: Any) -> Callable[[Any, Any, Any], None]:
     return lambda first, second, out: function(first, second, out=out)
 
 
-def _widened_reduction(op: Operation) -> Callable[[Rows, Any], None]:
-    def reduce(rows: Rows, target: Any) -> None:
-        flat = [row.reshape(-1) for row in rows]
-        total = np.empty_like(flat[0])
-        op.reduce_rows(flat, total)
-        target[...] = total.reshape(target.shape)
+def _quietly() -> Callable[..., Any]:
+    """``_quietly()(f, *arguments)`` calls f without numpy's warnings.
 
-    return reduce
+    NaN and overflow are the user's to see in the result. Since numpy 2 its error state is a context
+    variable: a context that ignores errors is entered in a fifth of the time of np.errstate.
+    """
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        return np.errstate(all="ignore")(lambda function, *arguments: function(*arguments))
+    context = contextvars.copy_context()
+    context.run(np.seterr, all="ignore")
+    return context.run
