@@ -51,14 +51,16 @@ def case(half: bool, shared: bool, one_node: bool) -> str:
     )
 
 
-# Measured on two cores with the MPICH and Open MPI wheels at 2 and 4 ranks. Between nodes the MPI
-# library is trusted until `mpizero tune` has looked.
+# Measured on two cores with the MPICH and Open MPI wheels at 2 and 4 ranks; between nodes, with two
+# ranks on each of two, over links of 1 Gbit/s (`benchmarks/between_nodes.py`).
 BUILT_IN = Tuning(
     {
         case(False, True, True): ((ALL_BYTES, "node_shared"),),
         case(False, False, True): ((512 << 10, "node_shared"), (ALL_BYTES, "native")),
         case(True, True, True): ((ALL_BYTES, "node_shared"),),
         case(True, False, True): ((ALL_BYTES, "node_shared"),),
+        case(False, False, False): ((1 << 20, "native"), (ALL_BYTES, "hierarchical")),
+        case(True, False, False): ((1 << 20, "native"), (ALL_BYTES, "hierarchical")),
     }
 )
 
