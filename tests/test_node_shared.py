@@ -250,3 +250,26 @@ def test_an_array_that_takes_anothers_id_is_looked_up_again() -> None:
         expected = np.max([pattern(r, count, np.float32) for r in range(world.size)], axis=0)
         assert (array == expected + step).all()
         del array
+
+
+@several_ranks
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("who", ["all", "some"])
+def test_results_beside_the_array_in_shared_memory(who: str, asynchronous: bool) -> None:
+    """``out`` is filled before the ranks agree that they are ready, not after."""
+    world = mpizero.init()
+    count = 3_000_000
+    room = world.allocate(count, np.float32)
+    expected = sum(pattern(r, count, np.float32) for r in range(world.size))
+    for _ in range(3):
+        mine = pattern(world.rank, count, np.float32)
+        room[...] = -1000
+        world.barrier()
+        if who == "all" or world.rank == 0:
+            result = world.allreduce(mine, out=room, asynchronous=asynchronous)
+        else:
+            room[...] = mine
+            result = world.allreduce(room, asynchronous=asynchronous)
+        if asynchronous:
+            result.wait()
+        assert (room == expected).all()

@@ -32,6 +32,8 @@ class Call:
     stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
+    # Puts the first array's values there. To agree is to be ready: others may read them after that.
+    fill: Callable[[], None] = lambda: None
 
 
 class Caller:
@@ -76,6 +78,7 @@ class Caller:
         filled = run.mark(call.arrays, call.stream)
 
         def work() -> Any:
+            run.run_after(filled, call.fill)
             if call.agrees_itself:
                 return call.work(run, None)
             parts = run.agree(call.description, call.arrays, call.items, sure)

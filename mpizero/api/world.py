@@ -115,16 +115,18 @@ class World(Group):
             what = _describe("allreduce", source, op, algorithm)
             plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
 
-            def work(run: Dispatch, parts: Parts) -> Any:
+            def fill() -> None:
                 if target is not source:
                     target.flat[...] = source.flat
+
+            def work(run: Dispatch, parts: Parts) -> Any:
                 if plans is not None and plan is not None:
                     plans.carry_out(plan, target.flat)
                 else:
                     run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(what, work, (target.flat,), agrees_itself=plan is not None)
+            return Call(what, work, (target.flat,), agrees_itself=plan is not None, fill=fill)
 
         return self._caller.perform(prepare, asynchronous)
 
