@@ -11,6 +11,8 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``progress``       asynchronous handles and the thread that overlaps
 ``api``            ``init`` and ``World``: what users hold
 ``layout``         names and shapes in flat memory
+``sharded``        named arrays of which every rank keeps 1/n
+``optim``          optimizers on them, for training without a framework
 ``sampling``       which samples a rank trains on
 ``engine``         gradient buckets and their reduction, told by an adapter what is ready
 ``measure``        timing collectives
@@ -22,9 +24,11 @@ Importing this package does not start MPI; ``init()`` does.
 
 from __future__ import annotations
 
+from mpizero import optim
 from mpizero.api import World, init
 from mpizero.errors import ArgumentError, LaunchError, MismatchError, MpizeroError
 from mpizero.progress import Handle
+from mpizero.sharded import ShardedState
 
 __version__ = "0.1.0"
 
@@ -34,6 +38,8 @@ __all__ = [
     "LaunchError",
     "MismatchError",
     "MpizeroError",
+    "ShardedState",
     "World",
     "init",
+    "optim",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -58,3 +58,21 @@ class FlatLayout:
         """The array ``name`` in ``flat`` (1-D, ``size`` elements), as a view of its shape."""
         entry = self.entries[name]
         return flat[entry.place].reshape(entry.shape)
+
+    def shard_size(self, ranks: int) -> int:
+        """Elements of each of ``ranks`` equal shards, the padding of the last ones included."""
+        step = max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
+        return -(-self.size // (ranks * step)) * step
+
+    def pieces(self, place: slice) -> Iterator[tuple[Entry, slice, slice]]:
+        """What of each array lies in ``place``, a range of the flat elements.
+
+        Yields the array's entry, the range of its own elements (C order) that lies there, and where
+        in ``place`` that range is. Arrays that lie elsewhere, and padding, are left out.
+        """
+        for entry in self.entries.values():
+            start = max(entry.offset, place.start)
+            stop = min(entry.offset + entry.count, place.stop)
+            if start < stop:
+                of_entry = slice(start - entry.offset, stop - entry.offset)
+                yield entry, of_entry, slice(start - place.start, stop - place.start)

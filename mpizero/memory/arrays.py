@@ -74,11 +74,12 @@ def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenA
     return OpenArray(x, array, array.ravel(), True)
 
 
-def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
-    """Uninitialised memory of the same library, dtype and device as ``array``."""
+def empty_like(array: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
+    """Uninitialised memory of the library and device of ``array``; of its dtype, or another."""
+    dtype = array.dtype if dtype is None else dtype
     if isinstance(array, np.ndarray):
-        return np.empty(shape, array.dtype)
-    return type(array)(shape, dtype=array.dtype)  # cupy.ndarray(shape, dtype)
+        return np.empty(shape, dtype)
+    return type(array)(shape, dtype=dtype)  # cupy.ndarray(shape, dtype)
 
 
 def overlap(first: Any, second: Any) -> bool:
