@@ -1,9 +1,10 @@
 """Train a small network data-parallel with no framework: mpizero's core, and numpy.
 
-    mpirun -n 2 python examples/numpy_only.py
+    mpirun -n 2 python examples/numpy_only.py [--zero]
 
 Two layers tell handwritten digits apart (scikit-learn's bundled 8 x 8 images). A fifth of the
-images is held out; with the default options the accuracy on them ends above TARGET.
+images is held out; with the default options the accuracy on them ends above TARGET. With --zero
+each rank keeps the momentum of, and updates, its share of the weights only.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Array = np.ndarray[Any, Any]
 def parse() -> argparse.Namespace:
     parser = option_parser(__doc__, steps=400)
     parser.add_argument("--batch-size", type=positive, default=32, help="images per rank and step")
+    parser.add_argument("--zero", action="store_true", help="shard the optimizer over the ranks")
     parser.add_argument("--lr", type=float, default=0.2, help="highest learning rate")
     return parser.parse_args()
 
@@ -78,6 +80,34 @@ def endless(batches: ShardedBatches) -> Iterator[Batch]:
         yield from batches.epoch(epoch)
 
 
+class Replicated:
+    """Gradient descent with momentum: every rank updates all weights, alike, in place."""
+
+    def __init__(self, flat: Array, world: mpizero.World) -> None:
+        self._flat, self._world = flat, world
+        self._momentum = np.zeros_like(flat)
+
+    def step(self, gradient: Array, lr: float) -> None:
+        self._world.allreduce(gradient, op="mean")
+        self._momentum = 0.9 * self._momentum + gradient
+        self._flat -= lr * self._momentum
+
+
+class Sharded:
+    """The same, but every rank keeps the momentum of, and updates, its share of the weights."""
+
+    def __init__(self, flat: Array, world: mpizero.World) -> None:
+        self._weights = views(flat)
+        shards = mpizero.ShardedState.scatter(self._weights, world)
+        self._optimizer = mpizero.optim.SGD(shards, momentum=0.9)
+
+    def step(self, gradient: Array, lr: float) -> None:
+        self._optimizer.groups[0]["lr"] = lr
+        self._optimizer.step(views(gradient))
+        for name, array in self._optimizer.parameters.allgather(self._weights).items():
+            self._weights[name][...] = array
+
+
 def train(
     flat: Array,
     images: tuple[Array, Array],
@@ -85,18 +115,16 @@ def train(
     world: mpizero.World,
     report: Reporter,
 ) -> None:
-    """Gradient descent with momentum; ``flat`` is updated in place, alike on every rank."""
+    """Update ``flat`` in place, alike on every rank."""
     x, y = images
     batches = ShardedBatches(len(y), options.batch_size, world.rank, world.size, seed=options.seed)
-    momentum = np.zeros_like(flat)
+    optimizer = Sharded(flat, world) if options.zero else Replicated(flat, world)
     for step, batch in zip(range(options.steps), endless(batches), strict=False):
         loss, gradient = loss_and_gradient(flat, x[batch.indices], y[batch.indices])
         # An epoch's last batch may be short on some ranks: the weight makes the mean over ranks
         # the mean over images.
         gradient *= batch.weight
-        world.allreduce(gradient, op="mean")
-        momentum = 0.9 * momentum + gradient
-        flat -= options.lr * (1 - step / options.steps) * momentum
+        optimizer.step(gradient, options.lr * (1 - step / options.steps))
         loss = world.allreduce(loss * batch.weight, op="mean")
         seen = world.allreduce(len(batch.indices) if batch.weight else 0)
         report.step(loss, seen)

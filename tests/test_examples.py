@@ -21,6 +21,7 @@ EXAMPLES = {
     "gpt": ("train_gpt.py", TINY_GPT, 8),
     "digits": ("train_digits.py", ["--sync-batch-norm"], 24),
     "numpy": ("numpy_only.py", [], 32),
+    "numpy, sharded": ("numpy_only.py", ["--zero"], 32),
 }
 STEPS = 8
 
