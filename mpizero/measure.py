@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ def seconds_of(
 
     A sample counts from a barrier to the end on the slowest rank; of short works, the mean of as
     many in a row as take a millisecond, as osu_allreduce and nccl-tests do. The works take turns,
-    so that what disturbs the machine disturbs them alike, and each comes first, second and so on
-    as often as the others. ``budget``: seconds for all together.
+    so that what disturbs the machine disturbs them alike, in an order drawn anew each time: who
+    comes after one that has used the same buffers finds them in the cache. ``budget``: seconds for
+    all together.
     """
     names = list(works)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -29,8 +31,7 @@ def seconds_of(
     rounds, end = 3, time.perf_counter() + budget
     done = 0
     while done < rounds:
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(done).sample(names, len(names)):  # the same on every rank
             work = works[name]
             world.barrier()
             start = time.perf_counter()
