@@ -34,8 +34,8 @@ class World(Group):
     difference raises MismatchError on every rank, naming the ranks and what each passed.
 
     ``asynchronous=True`` returns a Handle at once; ``handle.wait()`` returns what the call would
-    have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring" or
-    "halving_doubling".
+    have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring",
+    "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several).
     """
 
     def __init__(
