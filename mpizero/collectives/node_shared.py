@@ -101,32 +101,33 @@ class NodeShared(Algorithm):
 
     def all_reduce_shown(self, slots: Sequence[Any], array: Any, op: Operation) -> None:
         """All-reduce of what the ranks have shown in ``slots`` into ``array``, by slices."""
-        blocks = cut_evenly(array.size, self.size)
-        own = blocks[self.rank]
-        op.reduce_to_all([slot[own] for slot in slots], [array[own], slots[self.rank][own]])
+        self._combine_own_slice(slots, array, op)
         self.barrier()
-        for rank, part in enumerate(blocks):
-            if rank != self.rank:
-                array[part] = slots[rank][part]
+        self._fetch_other_slices(slots, array)
 
     def _all_reduce_chunks(self, array: Any, op: Operation) -> None:
         """In each step show a chunk, combine one's slice of the last, fetch the one before."""
-        width = self._board.payload_bytes // array.itemsize
+        width = self.slot_bytes // array.itemsize
         chunks = [array[start : start + width] for start in range(0, array.size, width)]
         shown: list[list[Any]] = []
         for step in range(len(chunks) + 2):
             if step < len(chunks):
                 shown.append(self.show(chunks[step]))
             if 1 <= step <= len(chunks):
-                slots, chunk = shown[step - 1], chunks[step - 1]
-                own = cut_evenly(chunk.size, self.size)[self.rank]
-                op.reduce_to_all([slot[own] for slot in slots], [chunk[own], slots[self.rank][own]])
+                self._combine_own_slice(shown[step - 1], chunks[step - 1], op)
             if step >= 2:
-                slots, chunk = shown[step - 2], chunks[step - 2]
-                for rank, part in enumerate(cut_evenly(chunk.size, self.size)):
-                    if rank != self.rank:
-                        chunk[part] = slots[rank][part]
+                self._fetch_other_slices(shown[step - 2], chunks[step - 2])
             self.barrier()
+
+    def _combine_own_slice(self, slots: Sequence[Any], chunk: Any, op: Operation) -> None:
+        """Into the chunk, and into this rank's slot, where the others fetch it."""
+        own = cut_evenly(chunk.size, self.size)[self.rank]
+        op.reduce_to_all([slot[own] for slot in slots], [chunk[own], slots[self.rank][own]])
+
+    def _fetch_other_slices(self, slots: Sequence[Any], chunk: Any) -> None:
+        for rank, place in enumerate(cut_evenly(chunk.size, self.size)):
+            if rank != self.rank:
+                chunk[place] = slots[rank][place]
 
     def spot(self, array: Any) -> int:
         """Where ``array`` lies in node-shared memory; nowhere if it is small: its bytes travel."""
