@@ -33,7 +33,7 @@ class Call:
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
     # Puts the first array's values there. To agree is to be ready: others may read them after that.
-    fill: Callable[[], None] = lambda: None
+    fill: Callable[[], None] | None = None
 
 
 class Caller:
@@ -78,7 +78,8 @@ class Caller:
         filled = run.mark(call.arrays, call.stream)
 
         def work() -> Any:
-            run.run_after(filled, call.fill)
+            if call.fill is not None:
+                run.run_after(filled, call.fill)
             if call.agrees_itself:
                 return call.work(run, None)
             parts = run.agree(call.description, call.arrays, call.items, sure)

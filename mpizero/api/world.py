@@ -116,8 +116,7 @@ class World(Group):
             plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
 
             def fill() -> None:
-                if target is not source:
-                    target.flat[...] = source.flat
+                target.flat[...] = source.flat
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 if plans is not None and plan is not None:
@@ -126,7 +125,13 @@ class World(Group):
                     run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(what, work, (target.flat,), agrees_itself=plan is not None, fill=fill)
+            return Call(
+                what,
+                work,
+                (target.flat,),
+                agrees_itself=plan is not None,
+                fill=None if target is source else fill,
+            )
 
         return self._caller.perform(prepare, asynchronous)
 
