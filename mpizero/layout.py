@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -64,15 +64,15 @@ class FlatLayout:
         step = max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
         return -(-self.size // (ranks * step)) * step
 
-    def pieces(self, place: slice) -> Iterator[tuple[Entry, slice, slice]]:
-        """What of each array lies in ``place``, a range of the flat elements.
+    def overlap(self, name: str, place: slice) -> tuple[slice, slice] | None:
+        """What of an array lies in ``place``, a range of the flat elements; None if nothing does.
 
-        Yields the array's entry, the range of its own elements (C order) that lies there, and where
-        in ``place`` that range is. Arrays that lie elsewhere, and padding, are left out.
+        The range of the array's own elements (C order) that lies there, and where in ``place``.
         """
-        for entry in self.entries.values():
-            start = max(entry.offset, place.start)
-            stop = min(entry.offset + entry.count, place.stop)
-            if start < stop:
-                of_entry = slice(start - entry.offset, stop - entry.offset)
-                yield entry, of_entry, slice(start - place.start, stop - place.start)
+        entry = self.entries[name]
+        start = max(entry.offset, place.start)
+        stop = min(entry.place.stop, place.stop)
+        if start >= stop:
+            return None
+        of_entry = slice(start - entry.offset, stop - entry.offset)
+        return of_entry, slice(start - place.start, stop - place.start)

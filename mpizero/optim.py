@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpizero.errors import ArgumentError
+from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.arrays import empty_like
 from mpizero.memory.dtypes import is_half, kind_of
 from mpizero.sharded import ShardedState
@@ -70,8 +70,10 @@ class ShardedOptimizer:
         """Average the ranks' ``gradients`` and update this rank's shard with them. Collective.
 
         ``gradients``: by parameter's name, arrays of its shape and dtype, of this rank's batch.
-        Raises ArgumentError for missing names and other shapes.
+        Raises ArgumentError for missing names and for other shapes and dtypes, on the other ranks a
+        MismatchError that quotes it; nothing has changed then.
         """
+        self._check(gradients)
         means = {dtype: self._mean_gradient(dtype, gradients) for dtype in self.parameters.layouts}
         self.steps += 1
         for run in self._runs:
@@ -90,16 +92,27 @@ class ShardedOptimizer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, on any number of ranks.
 
-        Raises ArgumentError if it is of other parameters or groups.
+        Raises ArgumentError if it is of another method, or of other groups or shapes.
         """
         names = [list(group["names"]) for group in saved["groups"]]
         if names != [group["names"] for group in self.groups]:
             own = str([group["names"] for group in self.groups])
             raise ArgumentError("load_state_dict()", "groups", str(names), own)
+        kinds = self._shards()
+        if saved["state"].keys() != kinds.keys():
+            raise ArgumentError(
+                "load_state_dict()", "state", ", ".join(saved["state"]), ", ".join(kinds)
+            )
+        for name in self.parameters.names:
+            shape = self.parameters.shape(name)
+            for arrays in saved["state"].values():
+                if name in arrays and tuple(arrays[name].shape) != shape:
+                    given = f"shape {tuple(arrays[name].shape)}"
+                    raise ArgumentError("load_state_dict()", name, given, f"shape {shape}")
         self.steps = int(saved["steps"])
         for group, theirs in zip(self.groups, saved["groups"], strict=True):
             group.update(theirs)
-        for kind, shards in self._shards().items():
+        for kind, shards in kinds.items():
             for name in shards.names:
                 piece, elements = shards.piece(name)
                 piece[...] = saved["state"][kind][name].reshape(-1)[elements]
@@ -114,18 +127,31 @@ class ShardedOptimizer:
         """What is updated: the shard itself, or its float32 copy."""
         return self._masters.get(dtype, self.parameters.flats[dtype])
 
+    def _check(self, gradients: Mapping[str, Any]) -> None:
+        """Are they of the parameters' names, shapes and dtypes, on every rank?"""
+        refusal = None
+        for dtype, layout in self.parameters.layouts.items():
+            for name, entry in layout.entries.items():
+                given = gradients.get(name)
+                if given is None or tuple(given.shape) != entry.shape or given.dtype != dtype:
+                    what = "nothing" if given is None else f"{given.dtype}, shape {given.shape}"
+                    expected = f"{dtype}, shape {entry.shape}"
+                    refusal = ArgumentError("step()", f"gradients[{name!r}]", what, expected)
+        try:
+            self.parameters.world.agree([str(refusal or "right")], "the gradients")
+        except MismatchError:
+            if refusal is None:
+                raise
+        if refusal is not None:
+            raise refusal
+
     def _mean_gradient(self, dtype: np.dtype[Any], gradients: Mapping[str, Any]) -> Any:
         """This rank's shard of the mean over the ranks, as wide as what it updates."""
         layout, world = self.parameters.layouts[dtype], self.parameters.world
         size = layout.shard_size(world.size)
         whole = _zeros_like(self.parameters.flats[dtype], size * world.size)
         for name, entry in layout.entries.items():
-            given = gradients.get(name)
-            if given is None or tuple(given.shape) != entry.shape or given.dtype != dtype:
-                what = "nothing" if given is None else f"{given.dtype}, shape {given.shape}"
-                expected = f"{dtype}, shape {entry.shape}"
-                raise ArgumentError("step()", f"gradients[{name!r}]", what, expected)
-            whole[entry.place] = given.reshape(-1)
+            whole[entry.place] = gradients[name].reshape(-1)
         mean = world.reduce_scatter(whole, "mean")
         return mean.astype(np.float32) if is_half(dtype) else mean
 
@@ -227,18 +253,20 @@ def _complete(
 def _runs(parameters: ShardedState, groups: Sequence[dict[str, Any]]) -> Iterator[_Run]:
     """This rank's shards, cut where hyper-parameters change. Padding goes with what it follows."""
     group_of = {name: group for group in groups for name in group["names"]}
-    ranks, rank = parameters.world.size, parameters.world.rank
     for dtype, layout in parameters.layouts.items():
-        size = layout.shard_size(ranks)
+        own = parameters.own_place(layout)
         start, current = 0, None
-        for entry, _, place in layout.pieces(slice(rank * size, (rank + 1) * size)):
-            group = group_of[entry.name]
+        for name in layout.entries:
+            found = layout.overlap(name, own)
+            if found is None:
+                continue
+            group, place = group_of[name], found[1]
             if current is not None and group is not current:
                 yield _Run(dtype, slice(start, place.start), current)
                 start = place.start
             current = group
         if current is not None:
-            yield _Run(dtype, slice(start, size), current)
+            yield _Run(dtype, slice(start, own.stop - own.start), current)
 
 
 def _zeros_like(flat: Any, count: int | None = None) -> Any:

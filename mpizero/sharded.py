@@ -8,14 +8,14 @@ for another number of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from mpizero.api import World
 from mpizero.errors import ArgumentError
-from mpizero.layout import Entry, FlatLayout
+from mpizero.layout import FlatLayout
 from mpizero.memory.arrays import empty_like
 
 # What travels at a time where a rank has no room for the whole: bounds the memory beside the shard.
@@ -54,14 +54,12 @@ class ShardedState:
         layouts = _lay_out(arrays)
         like = next(iter(arrays.values()), None)
         state = cls(world, layouts, _empty_shards(layouts, world.size, like))
-        own = {dtype: dict(state._own_pieces(layout)) for dtype, layout in layouts.items()}
         for name, given in arrays.items():
             array = given
             if root is not None and world.size > 1:
                 array = world.broadcast(given.copy(), root)
-            if name in own[given.dtype]:
-                of_entry, in_shard = own[given.dtype][name]
-                state.flats[given.dtype][in_shard] = array.reshape(-1)[of_entry]
+            piece, elements = state.piece(name)
+            piece[...] = array.reshape(-1)[elements]
         return state
 
     @property
@@ -74,17 +72,26 @@ class ShardedState:
         """Bytes of this rank's shards, padding included."""
         return sum(int(flat.nbytes) for flat in self.flats.values())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole array. Raises ArgumentError for a name that there is not."""
+        return self._layout_of(name).entries[name].shape
+
     def piece(self, name: str) -> tuple[Any, slice]:
         """This rank's part of an array: a view of its shard, and which elements (C order) it is.
 
         Empty if none of it lies here. Raises ArgumentError for a name that there is not.
         """
         layout = self._layout_of(name)
-        place = dict(self._own_pieces(layout)).get(name)
-        if place is None:
+        found = layout.overlap(name, self.own_place(layout))
+        if found is None:
             return self.flats[layout.dtype][:0], slice(0, 0)
-        of_entry, in_shard = place
-        return self.flats[layout.dtype][in_shard], of_entry
+        elements, place = found
+        return self.flats[layout.dtype][place], elements
+
+    def own_place(self, layout: FlatLayout) -> slice:
+        """Which of a layout's flat elements are this rank's shard."""
+        size = layout.shard_size(self.world.size)
+        return slice(self.world.rank * size, (self.world.rank + 1) * size)
 
     def gather(self, root: int | None = None) -> dict[str, Any] | None:
         """The whole arrays: on every rank, or on ``root`` only (None elsewhere). Collective.
@@ -92,26 +99,36 @@ class ShardedState:
         Takes no memory beside the result and, for ``root``, a chunk of 16 MiB.
         """
         if root is not None:
-            return self._collect(self.names, lambda entry: self.world.rank == root)
-        found: dict[str, Any] = {}
+            here = self.world.rank == root
+            found = self._collect(self.names, here)
+            return found if here else None
+        found = {}
         for dtype, layout in self.layouts.items():
             whole = self.world.allgather(self.flats[dtype])
             found |= {name: layout.view(whole, name) for name in layout.entries}
         return found
 
     def allgather(self, names: Iterable[str]) -> dict[str, Any]:
-        """Some arrays, whole, on every rank: only these travel. Collective."""
-        found = self._collect(list(names), lambda entry: True)
-        return found if found is not None else {}
+        """Some arrays, whole, on every rank: only these travel. Collective.
+
+        Raises MismatchError if the ranks name different ones, ArgumentError for unknown ones.
+        """
+        wanted = list(names)
+        self.world.agree(wanted, "the names of the arrays to gather")
+        return self._collect(wanted, True)
 
     def reshard(self, target: World | None) -> ShardedState | None:
         """The same state, cut for the ranks of ``target``. Collective over this state's world.
 
         ``target``: a world of some of this world's ranks (of ``world.split``, for instance: each
-        part gets a whole state), or None on ranks that get nothing.
+        part gets a whole state), or None on ranks that get nothing. Raises ArgumentError if it has
+        ranks that hold no shard.
         """
         found = None
         if target is not None:
+            if not self.world.holds(target):
+                allowed = "a world of ranks that this state is sharded over"
+                raise ArgumentError("reshard()", "target", repr(target), allowed)
             like = next(iter(self.flats.values()), None)
             found = ShardedState(
                 target, self.layouts, _empty_shards(self.layouts, target.size, like)
@@ -123,20 +140,18 @@ class ShardedState:
                     _copy_overlap(chunk, start, found.flats[dtype], found.world.rank * size)
         return found
 
-    def _collect(self, names: list[str], wanted: Callable[[Entry], bool]) -> dict[str, Any] | None:
-        """Send the named arrays chunk by chunk; keep those that are ``wanted`` here."""
+    def _collect(self, names: list[str], here: bool) -> dict[str, Any]:
+        """Send the named arrays chunk by chunk; keep them where they are wanted."""
+        layouts = [self._layout_of(name) for name in names]  # before anything travels
         found: dict[str, Any] = {}
-        for name in names:
-            layout = self._layout_of(name)
+        for name, layout in zip(names, layouts, strict=True):
             entry = layout.entries[name]
-            keep = wanted(entry)
-            flat = empty_like(self.flats[layout.dtype], (entry.count if keep else 0,))
+            flat = empty_like(self.flats[layout.dtype], (entry.count if here else 0,))
             for start, chunk in self._travel(layout, entry.place):
-                if keep:
-                    _copy_overlap(chunk, start, flat, entry.offset)
-            if keep:
+                _copy_overlap(chunk, start, flat, entry.offset)
+            if here:
                 found[name] = flat.reshape(entry.shape)
-        return found if found or not names else None
+        return found
 
     def _travel(self, layout: FlatLayout, place: slice) -> Iterator[tuple[int, Any]]:
         """Every rank's part of a range of the flat elements, in chunks: (where it begins, data)."""
@@ -154,13 +169,6 @@ class ShardedState:
                 self.world.broadcast(chunk, owner)
             yield start, chunk
             start = stop
-
-    def _own_pieces(self, layout: FlatLayout) -> Iterator[tuple[str, tuple[slice, slice]]]:
-        """(name, (its elements that lie in this rank's shard, where they lie))."""
-        size = layout.shard_size(self.world.size)
-        place = slice(self.world.rank * size, (self.world.rank + 1) * size)
-        for entry, of_entry, in_shard in layout.pieces(place):
-            yield entry.name, (of_entry, in_shard)
 
     def _layout_of(self, name: str) -> FlatLayout:
         for layout in self.layouts.values():

@@ -59,10 +59,9 @@ def test_what_was_scattered_is_gathered(shapes: dict[str, Any]) -> None:
     state = ShardedState.scatter(arrays, world)
     ordered = {name: arrays[name] for name in state.names}
     results = [same(state.gather(), ordered), same(state.allgather(ordered), ordered)]
-    alone = state.gather(root=world.size - 1)
-    results.append(
-        same(alone, ordered) if world.rank == world.size - 1 or not shapes else not alone
-    )
+    last = world.size - 1
+    on_last = state.gather(root=last)
+    results.append(same(on_last, ordered) if world.rank == last else on_last is None)
     assert all(world.gather_objects(all(results)))
 
 
@@ -213,3 +212,37 @@ def test_what_cannot_be_optimized_is_refused() -> None:
         optim.SGD(state).step({})
     with pytest.raises(ArgumentError, match=r"shape \(4,\)"):
         optim.SGD(state).step({"w": np.ones(4)})
+
+
+@several_ranks
+def test_what_one_rank_gets_wrong_all_hear_of() -> None:
+    """Otherwise the others would wait for it in the next collective."""
+    world = mpizero.init()
+    state = ShardedState.scatter({"w": np.ones(30), "b": np.ones(4)}, world)
+    optimizer = optim.SGD(state)
+    gradients = {"w": np.ones(30), "b": np.ones(4 if world.rank else 5)}
+    with pytest.raises(MismatchError if world.rank else ArgumentError, match=r"shape \(5,\)"):
+        optimizer.step(gradients)
+    with pytest.raises(MismatchError, match="rank 0: v"):
+        state.allgather(["w"] if world.rank else ["v"])
+    assert optimizer.steps == 0 and world.allreduce(1) == world.size
+
+
+@ranks
+def test_state_of_other_optimizers_and_shapes_is_refused() -> None:
+    world = mpizero.init()
+    saved = optim.SGD(ShardedState.scatter({"w": np.ones(30)}, world)).state_dict()
+    with pytest.raises(ArgumentError, match="exp_avg"):
+        optim.AdamW(ShardedState.scatter({"w": np.ones(30)}, world)).load_state_dict(saved)
+    with pytest.raises(ArgumentError, match=r"shape \(30,\)"):
+        optim.SGD(ShardedState.scatter({"w": np.ones(20)}, world)).load_state_dict(saved)
+
+
+@several_ranks
+def test_resharding_wants_ranks_that_hold_a_shard() -> None:
+    world = mpizero.init()
+    part = world.split(0 if world.rank else None)
+    if part is not None:
+        state = ShardedState.scatter({"x": np.ones(9)}, part)
+        with pytest.raises(ArgumentError, match="target"):
+            state.reshard(world)

@@ -64,6 +64,15 @@ class Group:
         part: Any = self.comm.Split(mpi.UNDEFINED if color is None else color, key)
         return None if part == mpi.COMM_NULL else part
 
+    def holds(self, other: Group) -> bool:
+        """True if every rank of ``other`` is one of this group's."""
+        mpi = load_mpi()
+        ours, theirs = self.comm.Get_group(), other.comm.Get_group()
+        ranks = mpi.Group.Translate_ranks(theirs, list(range(theirs.size)), ours)
+        ours.Free()
+        theirs.Free()
+        return mpi.UNDEFINED not in ranks
+
     def free(self) -> None:
         """Give the communicators back (collective over the group)."""
         for comm in (self.node_comm, self.background, self.comm):
