@@ -271,6 +271,16 @@ class World(Group):
             return np.zeros(count, dtype)
         return self._node_memory.allocate(count, dtype)
 
+    def allocate_common(self, count: int, dtype: Any) -> Any:
+        """A zeroed 1-D numpy array that is one and the same memory for all ranks of a node.
+
+        Collective. None where the node has no room for it (said once). What one rank writes the
+        others see after the next collective call that all take part in.
+        """
+        if self.local_size == 1:
+            return np.zeros(count, dtype)
+        return self._node_memory.allocate_common(count, dtype)
+
     def submit(
         self,
         what: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpizero.collectives.interface import Algorithm
@@ -27,3 +28,11 @@ class Alone(Algorithm):
 
     def all_to_all(self, array: Any, out: Any) -> None:
         out[...] = array
+
+    def combine_block(
+        self, array: Any, blocks: Sequence[slice], op: Operation, use: Callable[[list[Any]], None]
+    ) -> None:
+        use([array[blocks[0]]])
+
+    def gather_blocks(self, array: Any, blocks: Sequence[slice]) -> None:
+        pass

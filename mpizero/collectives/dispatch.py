@@ -20,6 +20,7 @@ from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import empty_like
 from mpizero.memory.board import Board
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.memory.staging import Run, fence, staged
@@ -36,6 +37,8 @@ _ON_ONE_NODE: tuple[type[Algorithm], ...] = (Native, Ring, HalvingDoubling, Node
 
 # All ranks' arrays, where they lie at one spot of node-shared memory and are ready to be reduced.
 Parts = Sequence[Any] | None
+
+Use = Callable[[list[Any]], None]
 
 
 class Dispatch:
@@ -162,6 +165,43 @@ class Dispatch:
         else:
             self._choose(algorithm, "all_to_all", array, None).all_to_all(array, out)
 
+    def combine_block(
+        self, array: Any, blocks: Sequence[slice], op: Operation, parts: Parts, use: Use
+    ) -> None:
+        """See ``Algorithm.combine_block``; ``parts``: what ``agree`` has returned for the array."""
+        found = self._for_blocks(array)
+        if self._must_stage(array):
+
+            def use_on_device(rows: list[Any]) -> None:
+                total = empty_like(array, rows[0].shape, rows[0].dtype)
+                total.set(rows[0])
+                use([total])
+
+            found.combine_block(array.get(), blocks, op, use_on_device)
+        elif parts is not None and isinstance(found, NodeShared):
+            found.combine_block_parts(parts, blocks, use)
+        else:
+            found.combine_block(array, blocks, op, use)
+
+    def gather_blocks(self, array: Any, blocks: Sequence[slice], parts: Parts) -> None:
+        """See ``Algorithm.gather_blocks``; ``parts``: what ``agree`` has returned for the array."""
+        found = self._for_blocks(array)
+        if self._must_stage(array):
+            host = array.get()
+            found.gather_blocks(host, blocks)
+            array.set(host)
+        elif parts is not None and isinstance(found, NodeShared):
+            found.gather_blocks_parts(parts, blocks)
+        else:
+            found.gather_blocks(array, blocks)
+
+    def barrier(self) -> None:
+        """Wait for all ranks; what each has stored in shared memory before, all see after."""
+        if self._node_shared is not None:
+            self._node_shared.barrier()
+        elif self._size > 1:
+            self.comm.Barrier()
+
     def able(self, collective: str) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
         if self._size == 1:
@@ -210,6 +250,13 @@ class Dispatch:
             if found is None or not found.offers(collective):
                 name = Native.name
         return self._algorithms[name]
+
+    def _for_blocks(self, array: Any) -> Algorithm:
+        if self._size == 1:
+            return _ALONE
+        if self._node_shared is not None and not self._device.is_device_array(array):
+            return self._node_shared
+        return self._algorithms[Ring.name]
 
     def _must_stage(self, array: Any) -> bool:
         return self._size > 1 and not self._cuda_aware and self._device.is_device_array(array)

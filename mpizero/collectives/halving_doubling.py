@@ -8,7 +8,7 @@ power of two are halved unevenly rather than folded away first, so that a rank s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class HalvingDoubling(TwoPhase):
         self._transport = transport
         self.rank, self.size = transport.rank, transport.size
 
-    def scatter_blocks(self, work: Any, blocks: list[slice], op: Operation) -> None:
+    def scatter_blocks(self, work: Any, blocks: Sequence[slice], op: Operation) -> None:
         """At each level, give the other half its blocks and add what it gave for ours."""
         arrived = None
         for level in halvings(self.rank, self.size):
@@ -76,17 +76,17 @@ class HalvingDoubling(TwoPhase):
                 self._transport.exchange(None, None, partial, level.extra)
                 op.combine(work[kept], partial)
 
-    def gather_blocks(self, work: Any, blocks: list[slice]) -> None:
+    def gather_blocks(self, array: Any, blocks: Sequence[slice]) -> None:
         """The way back: at each level, exchange the halves, which are complete on each side."""
         for level in reversed(list(halvings(self.rank, self.size))):
             lower, upper = _halves(blocks, level)
             own, missing = (lower, upper) if self.rank < level.middle else (upper, lower)
             if level.unpaired:  # receives only: its half is sent by the others
-                self._transport.exchange(None, None, work[missing], level.partner)
+                self._transport.exchange(None, None, array[missing], level.partner)
                 continue
-            self._transport.exchange(work[own], level.partner, work[missing], level.partner)
+            self._transport.exchange(array[own], level.partner, array[missing], level.partner)
             if level.extra is not None:
-                self._transport.exchange(work[own], level.extra, None, None)
+                self._transport.exchange(array[own], level.extra, None, None)
 
     def broadcast(self, array: Any, root: int) -> None:
         """Scatter down the halves from ``root``, then gather back up (van de Geijn)."""
@@ -117,7 +117,7 @@ class _Shifted:
         return None if rank is None else (rank + self._root) % self.size
 
 
-def _halves(blocks: list[slice], level: Halving) -> tuple[slice, slice]:
+def _halves(blocks: Sequence[slice], level: Halving) -> tuple[slice, slice]:
     """What the blocks of the lower and of the upper half of the ranks cover."""
     lower = slice(blocks[level.first].start, blocks[level.middle - 1].stop)
     upper = slice(blocks[level.middle].start, blocks[level.stop - 1].stop)

@@ -7,6 +7,7 @@ of an array is the r-th of its ``size`` slices, which is what belongs to rank r.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpizero.collectives.transport import cut_evenly
@@ -45,6 +46,20 @@ class Algorithm(ABC):
         """Send block r of ``array`` (size * k) to rank r; block s of ``out`` comes from rank s."""
         raise NotImplementedError
 
+    def combine_block(
+        self, array: Any, blocks: Sequence[slice], op: Operation, use: Callable[[list[Any]], None]
+    ) -> None:
+        """Combine ``array`` over all ranks; rank r is given what makes up ``array[blocks[r]]``.
+
+        ``use(rows)``: equally long rows that remain to be combined (one, or one from each rank, of
+        the array's dtype or float32), valid during the call only. Neither finished nor rounded.
+        """
+        raise NotImplementedError
+
+    def gather_blocks(self, array: Any, blocks: Sequence[slice]) -> None:
+        """Fill ``array``, of which each rank r holds ``array[blocks[r]]``."""
+        raise NotImplementedError
+
     @classmethod
     def knows(cls, collective: str) -> bool:
         """True if this algorithm has a method of its own for ``collective``."""
@@ -64,13 +79,16 @@ class TwoPhase(Algorithm):
     Rabenseifner, Gropp 2005, section 4.5).
     """
 
-    def scatter_blocks(self, work: Any, blocks: list[slice], op: Operation) -> None:
+    def scatter_blocks(self, work: Any, blocks: Sequence[slice], op: Operation) -> None:
         """Combine ``work`` over the ranks so that rank r's ``work[blocks[r]]`` is complete."""
         raise NotImplementedError
 
-    def gather_blocks(self, work: Any, blocks: list[slice]) -> None:
-        """Fill ``work``, of which each rank r holds ``work[blocks[r]]``."""
-        raise NotImplementedError
+    def combine_block(
+        self, array: Any, blocks: Sequence[slice], op: Operation, use: Callable[[list[Any]], None]
+    ) -> None:
+        work = op.accumulator(array)
+        self.scatter_blocks(work, blocks, op)
+        use([work[blocks[self.rank]]])
 
     def all_reduce(self, array: Any, op: Operation) -> None:
         blocks = cut_evenly(array.size, self.size)

@@ -9,7 +9,7 @@ others find in the shared cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from mpizero.collectives.interface import Algorithm
 from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.board import Board
+from mpizero.memory.dtypes import is_half
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.reduction import Operation
 
@@ -85,6 +86,54 @@ class NodeShared(Algorithm):
         for columns in self._columns(block.reshape(1, -1)):
             for rank, slot in enumerate(self.publish(block[columns])):
                 rows[rank, columns] = slot
+
+    def combine_block(
+        self, array: Any, blocks: Sequence[slice], op: Operation, use: Callable[[list[Any]], None]
+    ) -> None:
+        own = blocks[self.rank]
+        dtype = np.float32 if is_half(array.dtype) else array.dtype
+        total = np.empty(own.stop - own.start, dtype)
+        for columns in self._columns(array.reshape(1, -1)):
+            slots = self.publish(array[columns])
+            start, stop = max(own.start, columns.start), min(own.stop, columns.stop)
+            if start < stop:
+                seen = slice(start - columns.start, stop - columns.start)
+                into = slice(start - own.start, stop - own.start)
+                op.accumulate([slot[seen] for slot in slots], total[into])
+        use([total])
+
+    def combine_block_parts(
+        self, parts: Sequence[Any], blocks: Sequence[slice], use: Callable[[list[Any]], None]
+    ) -> None:
+        """``combine_block`` of ``parts``, the arrays of all ranks, which are ready to be read."""
+        use([part[blocks[self.rank]] for part in parts])
+        self.barrier()
+
+    def gather_blocks(self, array: Any, blocks: Sequence[slice]) -> None:
+        width = max(1, self.slot_bytes // array.itemsize)
+        for start in range(0, max(block.stop - block.start for block in blocks), width):
+            places = [
+                slice(
+                    min(block.start + start, block.stop),
+                    min(block.start + start + width, block.stop),
+                )
+                for block in blocks
+            ]
+            slots = self.slots(width, array.dtype)
+            own = places[self.rank]
+            slots[self.rank][: own.stop - own.start] = array[own]
+            self.barrier()
+            for rank, place in enumerate(places):
+                if rank != self.rank:
+                    array[place] = slots[rank][: place.stop - place.start]
+
+    def gather_blocks_parts(self, parts: Sequence[Any], blocks: Sequence[slice]) -> None:
+        """``gather_blocks`` of ``parts``, the arrays of all ranks, whose blocks may be read."""
+        array = parts[self.rank]
+        for rank, block in enumerate(blocks):
+            if rank != self.rank:
+                array[block] = parts[rank][block]
+        self.barrier()
 
     def broadcast(self, array: Any, root: int) -> None:
         for columns in self._columns(array.reshape(1, -1)):

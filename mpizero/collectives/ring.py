@@ -6,6 +6,7 @@ rank in 2 (n-1) steps. For large messages, and for networks that like neighbours
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mpizero.collectives.interface import TwoPhase
@@ -23,7 +24,7 @@ class Ring(TwoPhase):
         self._next = (self.rank + 1) % self.size
         self._previous = (self.rank - 1) % self.size
 
-    def scatter_blocks(self, work: Any, blocks: list[slice], op: Operation) -> None:
+    def scatter_blocks(self, work: Any, blocks: Sequence[slice], op: Operation) -> None:
         """Pass partial sums round the ring; after n-1 steps each block arrives, full, at home."""
         longest = max(block.stop - block.start for block in blocks)
         arrived = empty_like(work, (longest,))
@@ -34,12 +35,12 @@ class Ring(TwoPhase):
             self._transport.exchange(work[leaving], self._next, partial, self._previous)
             op.combine(work[arriving], partial)
 
-    def gather_blocks(self, work: Any, blocks: list[slice]) -> None:
+    def gather_blocks(self, array: Any, blocks: Sequence[slice]) -> None:
         """Pass complete blocks round the ring: in each step, the one that came in the last."""
         for step in range(self.size - 1):
             leaving = blocks[(self.rank - step) % self.size]
             arriving = blocks[(self.rank - step - 1) % self.size]
-            self._transport.exchange(work[leaving], self._next, work[arriving], self._previous)
+            self._transport.exchange(array[leaving], self._next, array[arriving], self._previous)
 
     def broadcast(self, array: Any, root: int) -> None:
         """Pipeline the array down the ring from ``root``, block behind block."""

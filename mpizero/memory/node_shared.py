@@ -34,26 +34,31 @@ _SHM_RESERVE = 16 << 20
 
 
 class Window:
-    """One shared allocation: ``parts[r]`` is the part of the node's rank r, as bytes."""
+    """One shared allocation: ``parts[r]`` is the part of the node's rank r, as bytes.
 
-    def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
+    With ``common`` there is one part only, which is every rank's own.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, common: bool = False) -> None:
         mpi = load_mpi()
         info = mpi.Info.Create()
         # Parts on pages of their own, which the operating system places near the rank that
         # touches them first.
         info.Set("alloc_shared_noncontig", "true")
         rounded = max(1, -(-nbytes // PAGE)) * PAGE
-        self._win = mpi.Win.Allocate_shared(rounded, 1, info, comm)
+        self._owner = 0 if common else comm.rank
+        mine = rounded if self._owner == comm.rank else 0
+        self._win = mpi.Win.Allocate_shared(mine, 1, info, comm)
         info.Free()
         # One epoch for the window's whole life: loads and stores need no more than Win_sync.
         self._win.Lock_all(mpi.MODE_NOCHECK)
         self.parts = tuple(
             np.frombuffer(self._win.Shared_query(rank)[0], np.uint8)[:nbytes]
-            for rank in range(comm.size)
+            for rank in range(1 if common else comm.size)
         )
-        self.own = self.parts[comm.rank]
+        self.own = self.parts[self._owner]
         self.address = self.own.ctypes.data
-        self._rank, self._nbytes = comm.rank, nbytes
+        self._nbytes = nbytes
         # Order this rank's loads and stores before and after (MPI_Win_sync). On CPUs that reorder
         # stores (Arm, POWER) another rank could be told of a value and still read the old one
         # (MPI 4.1, section 12.7).
@@ -61,7 +66,7 @@ class Window:
 
     def lend(self) -> Any:
         """This rank's part as an array of its own: it lives as long as any view of it."""
-        return np.frombuffer(self._win.Shared_query(self._rank)[0], np.uint8)[: self._nbytes]
+        return np.frombuffer(self._win.Shared_query(self._owner)[0], np.uint8)[: self._nbytes]
 
     def free(self) -> None:
         """Give the memory back. Collective over the node; its arrays must not be used any more."""
@@ -95,23 +100,27 @@ class NodeMemory:
         warning the first time.
         """
         self.reclaim()
-        dtype = np.dtype(dtype)
-        nbytes = count * dtype.itemsize
-        if nbytes == 0:
-            return np.zeros(count, dtype)
-        lacking = self._fits(nbytes)
-        if lacking is not None:
-            self._warn(lacking)
+        nbytes = count * np.dtype(dtype).itemsize
+        if nbytes == 0 or not self._has_room(nbytes):
             return np.zeros(count, dtype)
         window = Window(self.comm, nbytes)
         window.own[...] = 0  # first touch by the owner
-        number, self._next = self._next, self._next + 1
-        self._windows[number] = window
+        number = self._keep(window)
         self._places = tuple(sorted([*self._places, (window.address, number)]))
-        array = window.lend().view(dtype)
-        # Views refer to the array that they derive from in the end: when it dies, all have.
-        weakref.finalize(array.base, self._dead.add, number)
-        return array
+        return self._lend(window, number, dtype)
+
+    def allocate_common(self, count: int, dtype: Any) -> Any:
+        """A 1-D array, zero to begin with, that is one and the same for all ranks of the node.
+
+        Collective over the node. None where there is no room, with a warning the first time.
+        Its pages lie near the ranks that write to them first.
+        """
+        self.reclaim()
+        nbytes = count * np.dtype(dtype).itemsize
+        if not self._has_room(nbytes if self.comm.rank == 0 else 0):
+            return None
+        window = Window(self.comm, nbytes, common=True)  # new pages are zero
+        return self._lend(window, self._keep(window), dtype)
 
     def window(self, nbytes: int, share: float = 1.0) -> Window | None:
         """A window for good; None if it would take more than ``share`` of the room. Collective."""
@@ -158,6 +167,23 @@ class NodeMemory:
         """Bytes of this rank's parts."""
         return sum(window.own.nbytes for window in self._windows.values())
 
+    def _keep(self, window: Window) -> int:
+        number, self._next = self._next, self._next + 1
+        self._windows[number] = window
+        return number
+
+    def _lend(self, window: Window, number: int, dtype: Any) -> Any:
+        array = window.lend().view(dtype)
+        # Views refer to the array that they derive from in the end: when it dies, all have.
+        weakref.finalize(array.base, self._dead.add, number)
+        return array
+
+    def _has_room(self, nbytes: int) -> bool:
+        lacking = self._fits(nbytes)
+        if lacking is not None:
+            self._warn(lacking)
+        return lacking is None
+
     def _free(self, number: int) -> None:
         window = self._windows.pop(number)
         self._places = tuple(place for place in self._places if place[1] != number)
@@ -184,7 +210,7 @@ class NodeMemory:
                 "docker run --shm-size=8g, podman the same, Apptainer binds the host's, or "
                 f"`mount -o remount,size=50% {_SHM}`.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         self._warned = True
 
