@@ -1,4 +1,4 @@
-"""The schedule of data-parallel training, told by an adapter what is ready.
+"""The schedule of data-parallel and sharded training, told by an adapter what is ready.
 
 The engine knows arrays, not frameworks: an adapter says "this gradient is ready" and "backward is
 over", and gives the places where gradients lie to its framework.
@@ -6,8 +6,38 @@ over", and gives the places where gradients lie to its framework.
 
 from __future__ import annotations
 
-from mpizero.engine.buckets import ParameterSpec
+from mpizero.engine.gradient_shards import Filling, GradientSharder
+from mpizero.engine.parameter_memory import COMMON, SHARDED, WHOLE, ParameterMemory
+from mpizero.engine.partition import (
+    FLAT,
+    PARAMETER,
+    Space,
+    balanced_owners,
+    cut_by_parameter,
+    cut_flat,
+)
+from mpizero.engine.passes import ReducedPasses
 from mpizero.engine.reducer import GradientReducer
+from mpizero.engine.shard_group import ShardGroup
+from mpizero.engine.specs import ParameterSpec
 from mpizero.engine.weights import Weight
 
-__all__ = ["GradientReducer", "ParameterSpec", "Weight"]
+__all__ = [
+    "COMMON",
+    "FLAT",
+    "PARAMETER",
+    "SHARDED",
+    "WHOLE",
+    "Filling",
+    "GradientReducer",
+    "GradientSharder",
+    "ParameterMemory",
+    "ParameterSpec",
+    "ReducedPasses",
+    "ShardGroup",
+    "Space",
+    "Weight",
+    "balanced_owners",
+    "cut_by_parameter",
+    "cut_flat",
+]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mpizero.engine.passes import Piece
+from mpizero.engine.specs import ParameterSpec
 from mpizero.layout import FlatLayout
-from mpizero.progress import Handle
 
 Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
 
@@ -19,33 +19,14 @@ Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
 _USED = "(used)"
 
 
-@dataclass(frozen=True)
-class ParameterSpec:
-    """What the engine knows of a parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}, shape {self.shape}"
-
-
-@dataclass
-class Bucket:
+@dataclass(kw_only=True)
+class Bucket(Piece):
     """Some parameters' gradients in one flat array, and how far their reduction is."""
 
-    members: tuple[int, ...]
     layout: FlatLayout
     flat: Any
     views: dict[int, Any]
     used: Any  # one element per member, 0 or more: has any rank a gradient for it?
-    missing: int = 0  # gradients of this backward that have not come yet
-    handle: Handle | None = field(default=None, repr=False)
 
 
 def cut_into_buckets(
@@ -80,4 +61,5 @@ def make_bucket(
     layout = FlatLayout.of([*shapes, (_USED, (len(members),))], dtype)
     flat = allocate(layout.size, dtype)
     views = {index: layout.view(flat, str(index)) for index in members}
-    return Bucket(members, layout, flat, views, layout.view(flat, _USED))
+    used = layout.view(flat, _USED)
+    return Bucket(members=members, layout=layout, flat=flat, views=views, used=used)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from mpizero.engine.buckets import ParameterSpec
+from mpizero.engine.specs import ParameterSpec
 from mpizero.layout import ALIGNMENT_BYTES, FlatLayout
 
 FLAT, PARAMETER = "flat", "parameter"
@@ -69,6 +69,16 @@ class Space:
             places.append(slice(end, end + block.stop - block.start))
             end = places[-1].stop
         return places
+
+    def owned_place(self, index: int, part: int) -> slice:
+        """Where a whole parameter that is the part's lies in that memory."""
+        own = self.place(index)
+        places = self.shard_places(part)
+        for segment, place in zip(self.segments, places, strict=True):
+            if index in segment.members:
+                start = place.start + own.start - segment.block(part).start
+                return slice(start, start + own.stop - own.start)
+        return slice(0, 0)
 
     def shard_size(self, part: int) -> int:
         """Elements of all the part's blocks."""

@@ -63,6 +63,11 @@ class WeightLedger:
         return factor
 
     @property
+    def reduced(self) -> float:
+        """The total weight of kept gradients that are a finished mean (0: none, or not stated)."""
+        return self._reduced
+
+    @property
     def local(self) -> float:
         """The stated weight in this rank's gradients."""
         return self._local

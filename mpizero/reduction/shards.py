@@ -29,7 +29,7 @@ def mean_into_shard(rows: Sequence[Any], out: Any, divisor: float, kept: Any = N
     if count == 0:
         return squares
     half = is_half(rows[0].dtype)
-    room = None if half else empty_like(rows[0], (min(BLOCK, count),))
+    room = empty_like(rows[0], (0 if half else min(BLOCK, count),))
     with np.errstate(all="ignore"):
         for start in range(0, count, BLOCK):
             part = slice(start, min(start + BLOCK, count))

@@ -8,6 +8,7 @@ their gradients in nested backward passes, whose end is not the end of the whole
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,8 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mpizero import ArgumentError, MpizeroError, World
-from mpizero.engine import GradientReducer, Weight
-from mpizero_torch import batch_weight, tensors
+from mpizero.engine import ReducedPasses, Weight
+from mpizero_torch import batch_weight
 from mpizero_torch.replicate import Buffers
 
 
@@ -30,36 +31,35 @@ class Owner(Protocol):
     _buffers_in_sync: Buffers | None
 
 
-class GradientHooks:
-    """Watches ``named`` parameters' gradients come, and has a reducer average them.
+class BackwardHooks(ABC):
+    """Tells a reducer of backward passes; what becomes of gradients is for those who derive."""
 
-    ``make_reducer`` is given what fills gradients into the reducer's views.
-    """
-
-    def __init__(
-        self,
-        owner: Owner,
-        named: Sequence[tuple[str, nn.Parameter]],
-        make_reducer: Callable[[Callable[[Sequence[int]], None]], GradientReducer],
-    ) -> None:
+    def __init__(self, owner: Owner, reducer: ReducedPasses) -> None:
         self._owner = owner
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
-        self._reducer = make_reducer(self._fill)
+        self._reducer = reducer
         self._in_backward = False
         self._weight = Weight()
         self._scales = False
         self.steps = 0
-        self._see_views()
-        self._handles: list[Any] = [
+        self._handles: list[Any] = []
+
+    def watch(self, parameters: Sequence[tuple[int, nn.Parameter]]) -> None:
+        """Let these parameters' gradients announce themselves, by their numbers; only these."""
+        self.remove()
+        self._parameters = [parameter for _, parameter in parameters]
+        self._handles = [
             parameter.register_post_accumulate_grad_hook(self._on_accumulated(index))
-            for index, parameter in enumerate(self._parameters)
+            for index, parameter in parameters
         ]
+        if self._scales:
+            self._scales = False
+            self.scale_gradients()
 
     def remove(self) -> None:
         """Watch no more."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def scale_gradients(self) -> None:
         """From now on multiply gradients by the weight, before they are accumulated.
@@ -139,10 +139,7 @@ class GradientHooks:
             )
         # Kept gradients matter to stated weights only, which they carry; gradients are then seen
         # before they are accumulated (``_on_incoming``), so what is there is from earlier passes.
-        kept = not self._weight.stated or any(
-            parameter.grad is not None and bool(parameter.grad.any())
-            for parameter in self._parameters
-        )
+        kept = not self._weight.stated or self._any_kept()
         if not self._owner._synchronise:
             self._reducer.accumulate(self._weight, kept)
             return
@@ -157,45 +154,20 @@ class GradientHooks:
         if not self._reducer.is_open:
             return
         self.steps += 1
-        has_gradient = [parameter.grad is not None for parameter in self._parameters]
-        self._take_over(self._reducer.close(has_gradient))
+        self._take_over(self._reducer.close(self._has_gradient()))
         self._sync_buffers(active=True)
 
-    def _fill(self, members: Sequence[int]) -> None:
-        """Make the gradients of a bucket's parameters its views, where they are not already.
+    @abstractmethod
+    def _any_kept(self) -> bool:
+        """Are there gradients, not all zero, from earlier passes?"""
 
-        The first gradients of a step arrive in memory of autograd's own: one copy, for a whole
-        bucket in one call, where accumulating into zeroed buckets would read and write them twice
-        more.
-        """
-        views, gradients = [], []
-        for index in members:
-            parameter, view = self._parameters[index], self._views[index]
-            gradient = parameter.grad
-            if gradient is view or gradient is None:
-                continue
-            if gradient.is_sparse or gradient.requires_grad:
-                given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
-                raise ArgumentError(
-                    "backward()",
-                    "gradient",
-                    f"{given} for parameter '{self._names[index]}'",
-                    "dense gradients without a graph of their own",
-                )
-            views.append(view)
-            gradients.append(gradient)
-            parameter.grad = view
-        if views:
-            torch._foreach_copy_(views, gradients)
+    @abstractmethod
+    def _has_gradient(self) -> list[bool]:
+        """For each parameter: is there a gradient on this rank, at the end of backward?"""
 
+    @abstractmethod
     def _take_over(self, anywhere: list[bool]) -> None:
-        """Let ``.grad`` be the averaged view, or None where no rank has a gradient."""
-        if self._generation != self._reducer.generation:
-            self._see_views()
-        for parameter, view, used in zip(self._parameters, self._views, anywhere, strict=True):
-            wanted = view if used else None
-            if parameter.grad is not wanted:
-                parameter.grad = wanted
+        """Give the reduced gradients to those of whose parameters any rank has one."""
 
     def _sync_buffers(self, active: bool) -> None:
         buffers = self._owner._buffers_in_sync
@@ -206,8 +178,14 @@ class GradientHooks:
             root = self._owner.world.gather_objects(active).index(True)
         buffers.broadcast(self._owner.world, root)
 
-    def _see_views(self) -> None:
-        self._generation = self._reducer.generation
-        self._views = [
-            tensors.as_tensor(self._reducer.view(index)) for index in range(len(self._parameters))
-        ]
+
+def check_dense(gradient: torch.Tensor, name: str) -> None:
+    """Raise ArgumentError for gradients that cannot lie in flat memory."""
+    if gradient.is_sparse or gradient.requires_grad:
+        given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
+        raise ArgumentError(
+            "backward()",
+            "gradient",
+            f"{given} for parameter '{name}'",
+            "dense gradients without a graph of their own",
+        )

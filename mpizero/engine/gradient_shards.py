@@ -1,0 +1,321 @@
+"""``GradientSharder``: each gradient's mean goes to the rank that keeps it (ZeRO stages 1 to 3).
+
+Backward fills one segment of a space after the other; a full one is summed over the ranks, block
+by block to those who own the blocks. Stage 1 keeps memory for all gradients; from stage 2 on a few
+segments' worth is used again and again, so that no rank ever holds all gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
+
+from mpizero.engine.buckets import Allocate
+from mpizero.engine.partition import Segment, Space
+from mpizero.engine.passes import STATES, Piece, ReducedPasses
+from mpizero.engine.shard_group import ShardGroup
+from mpizero.engine.specs import ParameterSpec
+from mpizero.engine.weights import Weight
+from mpizero.memory.arrays import empty_like
+from mpizero.reduction.operation import SUM
+from mpizero.reduction.shards import mean_into_shard, sum_of_squares
+
+# While one segment is summed the next is filled.
+_BUFFERS = 2
+
+# What the ranks tell each other when a pass ends, before the parameters' flags.
+_SQUARES, _OVERFLOWS, _LATE = range(3)
+_FLAGS = 3
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A part of a parameter's gradient, and the memory of a segment where it is to be put.
+
+    ``elements`` of the gradient (C order) go to the 1-D ``memory``; ``None``: all of it.
+    """
+
+    index: int
+    elements: slice | None
+    memory: Any
+    shape: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class SegmentPiece(Piece):
+    """One segment in flight."""
+
+    space: int
+    segment: Segment
+    shard_place: slice  # this rank's block in its shard of the space
+    gaps: Any = field(repr=False)  # elements that belong to no parameter
+    trained: int  # of its members; a segment of none is left out
+
+
+class GradientSharder(ReducedPasses):
+    """Reduces the gradients of ``specs``, laid out in ``spaces``, to this rank's shards.
+
+    ``shards[s]``: this rank's gradient of space s, 1-D, of ``dtypes[s]`` (the parameters' own, or
+    float32). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
+    numbers of those in the list that this rank has no gradient for, which become zero; equal keys
+    come with equal fillings. ``whole``: keep memory for all gradients (stage 1). ``unscale()`` is
+    what the gradients are divided by beside their weights: the factor of a scaled loss.
+    """
+
+    def __init__(
+        self,
+        group: ShardGroup,
+        specs: Sequence[ParameterSpec],
+        spaces: Sequence[Space],
+        dtypes: Sequence[Any],
+        allocate: Allocate,
+        *,
+        whole: bool,
+        stream: Callable[[], int | None] = lambda: None,
+        fill: Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]],
+        unscale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        super().__init__(group.world, specs, stream)
+        self._group, self._spaces, self._fill, self._unscale = group, spaces, fill, unscale
+        self._whole = whole
+        # What came more often than expected is summed in a second round, so nothing need be known
+        # beforehand, and the first pass needs no more memory than the others.
+        self._expected = [1] * len(specs)
+        self._late = [False] * len(specs)
+        self._segments = [
+            _piece(at, space, segment, place)
+            for at, space in enumerate(spaces)
+            for segment, place in zip(space.segments, space.shard_places(group.part), strict=True)
+        ]
+        self._waiting = _pieces_of(self._segments, len(specs))
+        self._dtypes = [np.dtype(dtype) for dtype in dtypes]
+        self._make_memory(allocate)
+        self.keeps = False  # are there gradients in the shards, to which the next pass adds?
+        self._kept: list[Any] = []
+        self._squares = [0.0] * len(self._segments)
+        self.square_sum = 0.0  # of all ranks' shards, after a pass: the squared global norm
+        self.overflowed = False  # is a gradient of any rank not finite?
+
+    @property
+    def pieces(self) -> Sequence[SegmentPiece]:
+        return self._segments
+
+    def shard(self, space: int) -> list[Any]:
+        """This rank's gradient of a space: the memory of its block of each segment."""
+        return [self._own(piece) for piece in self._segments if piece.space == space]
+
+    def view(self, index: int, space: int) -> Any:
+        """Stage 1: where all of a parameter's gradient lies."""
+        return self._spaces[space].layout.view(self._memory[space], str(index))
+
+    def set_trained(self, trained: Sequence[bool]) -> None:
+        """Leave out the segments in which no parameter is trained. The same on all ranks."""
+        for piece in self._segments:
+            piece.trained = sum(trained[index] for index in piece.members)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of this rank's gradient memory, by use."""
+        held = sum(int(each.nbytes) for each in self._memory)
+        buffers = sum(int(each.nbytes) for known in self._buffers.values() for each in known)
+        return {"gradients": held, "buffers": buffers}
+
+    def accumulate(self, weight: Weight, gradients_kept: bool) -> None:
+        self._late = [False] * len(self._specs)
+        if not self.keeps:
+            self._kept = []
+        elif self._whole and not self._kept:
+            # The place of the mean is about to be filled with this rank's next gradients.
+            self._kept = [self._own(piece).copy() for piece in self._segments]
+        super().accumulate(weight, gradients_kept)
+
+    def _scale_kept(self, factor: float, weight: float) -> None:
+        # The shards hold the mean once, where each of n replicas would keep an n-th of its weight.
+        for shard in self._kept or [self._own(piece) for piece in self._segments]:
+            shard[...] *= weight
+
+    def _announce(self, *mine: float) -> None:
+        super()._announce(*mine)
+        for piece in self._segments:
+            piece.missing = piece.trained
+
+    def _came_again(self, index: int) -> None:
+        self._late[index] = True
+
+    def _launch(self, piece: Piece, has_gradient: Sequence[bool] | None) -> None:
+        own = self._segments[self._launched - 1]
+        if own.trained:
+            self._reduce(own, self._launched - 1, again=False)
+
+    def _reduce(self, piece: SegmentPiece, number: int, again: bool) -> None:
+        out, kept = self._own(piece), None
+        if again:
+            kept = out.copy() if self._whole else out
+        elif self.keeps:
+            kept = self._kept[number] if self._whole else out
+        memory, buffer = self._segment_memory(piece, number)
+        fillings = self._fillings(number, buffer, memory)
+        for at in self._fill((number, buffer), fillings):
+            fillings[at].memory[...] = 0
+        memory[piece.gaps] = 0
+
+        def use(rows: list[Any]) -> None:
+            self._wait_for_opening()
+            divisor = self._divisor()
+            before = kept
+            if before is not None and not again and self._opening[STATES] > 0:
+                before = before / divisor  # stated weights divide what they have multiplied
+            squares = mean_into_shard(rows, out, divisor * self._unscale(), before)
+            self._squares[number] = squares if isfinite(squares) else _exact_squares(out)
+
+        name = self._specs[piece.members[0]].name
+        piece.handle = self._group.combine(
+            f"the gradients from '{name}' on", memory, piece.segment.blocks, use, self._stream()
+        )
+
+    def _collect(self, has_gradient: Sequence[bool]) -> list[bool]:
+        anywhere = self._finish(has_gradient)
+        if anywhere is None:  # some rank got gradients after their segment had been sent
+            anywhere = self._finish(has_gradient, late=self._late_anywhere)
+        return anywhere or []
+
+    def _finish(
+        self, has_gradient: Sequence[bool], late: Sequence[bool] | None = None
+    ) -> list[bool] | None:
+        """Wait for the segments and exchange what was found; None if a second round is due."""
+        if late is not None:
+            for number, piece in enumerate(self._segments):
+                if any(late[index] for index in piece.members) and piece.trained:
+                    self._wait_segment(piece)
+                    self._reduce(piece, number, again=True)
+            self._late = [False] * len(self._specs)
+        self._wait_for_opening()
+        for piece in self._segments:
+            self._wait_segment(piece)
+        found = self._close_together(has_gradient)
+        flags = found[_FLAGS:].reshape(2, -1)
+        if found[_LATE]:
+            self._late_anywhere = [bool(flag) for flag in flags[1]]
+            return None
+        self.overflowed = bool(found[_OVERFLOWS])
+        self.square_sum = inf if self.overflowed else float(found[_SQUARES]) / self._group.copies
+        self._kept = []
+        return [bool(flag) for flag in flags[0]]
+
+    def _close_together(self, has_gradient: Sequence[bool]) -> Any:
+        mine = sum(
+            squares
+            for piece, squares in zip(self._segments, self._squares, strict=True)
+            if piece.trained
+        )
+        overflow = not isfinite(mine)
+        closing = np.zeros(_FLAGS + 2 * len(self._specs))
+        closing[_SQUARES] = 0.0 if overflow else mine
+        closing[_OVERFLOWS] = overflow
+        closing[_LATE] = any(self._late)
+        closing[_FLAGS:] = [*has_gradient, *self._late]
+        self._world.submit(
+            "the closing of a backward pass", lambda run, parts: run.all_reduce(closing, SUM)
+        ).wait()
+        return closing
+
+    def _wait_segment(self, piece: SegmentPiece) -> None:
+        if piece.handle is not None:
+            piece.handle.wait()
+            piece.handle = None
+
+    def _make_memory(self, allocate: Allocate) -> None:
+        self._buffers: dict[np.dtype[Any], list[Any]] = {}
+        self._users: dict[tuple[np.dtype[Any], int], SegmentPiece] = {}
+        self._known_fillings: dict[tuple[int, int], list[Filling]] = {}
+        spaces = list(zip(self._spaces, self._dtypes, strict=True))
+        if self._whole:
+            self._memory = [allocate(space.size, dtype) for space, dtype in spaces]
+            return
+        for dtype in dict.fromkeys(self._dtypes):
+            sizes = [p.segment.size for p in self._segments if self._dtypes[p.space] == dtype]
+            self._buffers[dtype] = [
+                allocate(max(sizes), dtype) for _ in range(min(_BUFFERS, len(sizes)))
+            ]
+        self._memory = []
+        for space, dtype in spaces:
+            memory = empty_like(
+                self._buffers[dtype][0], (space.shard_size(self._group.part),), dtype
+            )
+            memory[...] = 0
+            self._memory.append(memory)
+
+    def _own(self, piece: SegmentPiece) -> Any:
+        """This rank's gradients of a segment."""
+        memory = self._memory[piece.space]
+        if self._whole:
+            return memory[piece.segment.block(self._group.part)]
+        return memory[piece.shard_place]
+
+    def _segment_memory(self, piece: SegmentPiece, number: int) -> tuple[Any, int]:
+        """Where a segment is put together, and which of the buffers that is.
+
+        Waits for the segment that used it before.
+        """
+        segment, dtype = piece.segment, self._dtypes[piece.space]
+        if self._whole:
+            return self._memory[piece.space][segment.start : segment.stop], 0
+        at = number % len(self._buffers[dtype])
+        user = self._users.get((dtype, at))
+        if user is not None:
+            self._wait_segment(user)
+        self._users[dtype, at] = piece
+        return self._buffers[dtype][at][: segment.size], at
+
+    def _fillings(self, number: int, buffer: int, memory: Any) -> list[Filling]:
+        if (number, buffer) not in self._known_fillings:
+            piece = self._segments[number]
+            layout, segment = self._spaces[piece.space].layout, piece.segment
+            found = self._known_fillings[number, buffer] = []
+            for index in piece.members:
+                overlap = layout.overlap(str(index), slice(segment.start, segment.stop))
+                if overlap is not None:
+                    elements, place = overlap
+                    entry = layout.entries[str(index)]
+                    is_whole = elements.stop - elements.start == entry.count
+                    found.append(
+                        Filling(index, None if is_whole else elements, memory[place], entry.shape)
+                    )
+        return self._known_fillings[number, buffer]
+
+
+def _piece(at: int, space: Space, segment: Segment, place: slice) -> SegmentPiece:
+    within = slice(segment.start, segment.stop)
+    used = np.zeros(segment.size, bool)
+    for index in segment.members:
+        overlap = space.layout.overlap(str(index), within)
+        if overlap is not None:
+            used[overlap[1]] = True
+    return SegmentPiece(
+        members=segment.members,
+        space=at,
+        segment=segment,
+        shard_place=place,
+        gaps=np.flatnonzero(~used),
+        trained=len(segment.members),
+    )
+
+
+def _pieces_of(pieces: Sequence[SegmentPiece], count: int) -> list[tuple[Piece, ...]]:
+    of: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in pieces:
+        for index in piece.members:
+            of[index].append(piece)
+    return [tuple(each) for each in of]
+
+
+def _exact_squares(values: Any) -> float:
+    """Of numbers whose squares are too large for their dtype; not finite if the numbers are not."""
+    total = 0.0
+    for start in range(0, values.size, 1 << 16):
+        total += sum_of_squares(values[start : start + (1 << 16)].astype(np.float64))
+    return total
