@@ -6,6 +6,7 @@ PIP_FLAGS ?=
 DEMO_ARGS ?= --plot loss.png
 RANKS ?= 1,2,3,4
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,6 +36,7 @@ help: ## list the targets and their variables
 	@echo '  PIP_FLAGS=          more options for pip, such as an index with CPU builds of torch'
 	@echo '  DEMO_ARGS="$(DEMO_ARGS)"'
 	@echo '  RANKS=$(RANKS)      rank counts to test; TEST_ARGS= more arguments for pytest'
+	@echo '  BENCH_ARGS=         arguments for benchmarks/run_all.py, such as "--quick --out FOLDER"'
 
 .PHONY: demo
 demo: $(MPICH)/.demo-installed ## train a small GPT on two ranks and draw its loss curve
@@ -69,22 +71,10 @@ format: $(MPICH)/.dev-installed ## format the code and fix what can be fixed
 environments: ## make both environments, with development tools
 	@$(MAKE) --no-print-directory -j2 $(MPICH)/.dev-installed $(OPENMPI)/.dev-installed
 
-# Seconds for each size of the sweep; GPT-2 on four ranks leaves no room for the one that trains alone.
-BENCH_SECONDS ?= 0.5
-BENCH = $(MPICH)/bin/mpirun -n $(1) $(MPICH)/bin/python benchmarks/$(2)
-FIGURES := docs/figures
-
 .PHONY: bench
-bench: $(MPICH)/.dev-installed ## the benchmarks of docs/performance.md (10 minutes; leave the machine alone)
-	@mkdir -p $(FIGURES)
-	@for n in 2 4; do \
-	  $(call BENCH,$$n,allreduce.py) --seconds $(BENCH_SECONDS) \
-	    --json $(FIGURES)/allreduce-$$n.json --plot $(FIGURES)/allreduce-$$n.png; \
-	  for model in gpt2 gpt10m mlp200; do \
-	    alone=; if [ $$model-$$n = gpt2-4 ]; then alone=--without-alone; fi; \
-	    $(call BENCH,$$n,train_step.py) --model $$model $$alone \
-	      --json $(FIGURES)/train-$$model-$$n.json --plot $(FIGURES)/train-$$model-$$n.png; \
-	  done; \
+bench: environments ## the benchmarks of docs/performance.md, both MPIs (15 minutes; leave the machine alone)
+	@for python in $(MPICH)/bin/python $(OPENMPI)/bin/python; do \
+	  $$python benchmarks/run_all.py $(BENCH_ARGS); \
 	done
 
 .PHONY: clean

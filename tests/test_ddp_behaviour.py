@@ -245,6 +245,24 @@ def test_buffers_become_rank_zeros_and_evaluation_sends_nothing() -> None:
 
 
 @several_ranks
+def test_buffers_of_replaced_submodules_become_rank_zeros() -> None:
+    def norm() -> nn.Module:
+        return nn.BatchNorm1d(3, affine=False)
+
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(norm()))
+    model = mz.DistributedDataParallel(net)
+    rank = model.world.rank
+    same = []
+    # A submodule's submodule, then the submodule itself, then one inside what took its place.
+    for inside, new in ((True, norm()), (False, nn.Sequential(norm())), (True, norm())):
+        (net[1] if inside else net)[-1] = new
+        model(seeded(rank, 5, 3).float()).sum().backward()
+        mean = net[1][0].running_mean
+        same.append(mean.any() and torch.equal(mean, model.world.broadcast(mean.clone())))
+    assert all(same)
+
+
+@several_ranks
 def test_unchanged_buffers_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Linear(3, 3)
     net.register_buffer("mask", torch.ones(3))

@@ -50,10 +50,9 @@ class Buffers:
     """A module's buffers (BatchNorm's statistics, for instance), kept as one rank's."""
 
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
-        # Walking the modules takes longer than all else that happens here, in every step. So where
-        # buffers are held is looked up once; which ones, each time.
-        self._held = [(name, part._buffers) for name, part in module.named_modules()]
+        self._module = module
         self._ignored = set(ignored)
+        self._look()
         self._seen = self._versions()
 
     def changed(self) -> bool:
@@ -65,7 +64,20 @@ class Buffers:
         broadcast_tensors(self._buffers(), world, root)
         self._seen = self._versions()
 
+    def _look(self) -> None:
+        """Find the parts that hold buffers.
+
+        Walking the modules takes longer than all else that happens here, in every step. So where
+        buffers are held is kept until a part gets, loses or replaces a child.
+        """
+        parts = list(self._module.named_modules())
+        self._held = [(name, part._buffers) for name, part in parts]
+        self._children = [part._modules for _, part in parts]
+        self._children_then = [dict(children) for children in self._children]
+
     def _buffers(self) -> list[torch.Tensor]:
+        if self._children != self._children_then:
+            self._look()
         found: dict[int, torch.Tensor] = {}
         for module, held in self._held:
             for name, buffer in held.items():

@@ -1,0 +1,103 @@
+"""The benchmarks that docs/performance.md reports, with the MPI of the Python that runs this.
+
+    .venv/bin/python benchmarks/run_all.py [--quick] [--out FOLDER] [--ranks 2,4]
+
+Writes a JSON file and a figure for each, whose names tell Open MPI's from MPICH's, and prints the
+tables in the end. What is measured between nodes (between_nodes.py) needs several, and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.launch import (  # noqa: E402
+    find_mpirun,
+    is_openmpi,
+    launch_environment,
+    mpirun_command,
+    started,
+)
+
+FIGURES = ROOT / "docs" / "figures"
+
+# Enough to see that everything runs; the figures say nothing.
+QUICK_SWEEP = ("--seconds", "0.01", "--largest", "65536")
+QUICK_STEPS = ("--steps", "1")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script of this folder on some ranks; ``name`` is that of the files that it writes."""
+
+    name: str
+    ranks: int
+    script: str
+    arguments: Sequence[str]
+
+    def command(self, out: Path) -> list[str]:
+        """What runs it, in the project's folder."""
+        return [
+            *mpirun_command(sys.executable, self.ranks),
+            *(sys.executable, f"benchmarks/{self.script}", *self.arguments),
+            *("--json", str(self.json(out)), "--plot", str(self.json(out).with_suffix(".png"))),
+        ]
+
+    def json(self, out: Path) -> Path:
+        """The file of its results; that of its figure is beside it."""
+        return out / f"{self.name}.json"
+
+
+def benchmarks(ranks: Sequence[int], openmpi: bool, quick: bool) -> Iterator[Benchmark]:
+    """All that is reported of one MPI: of Open MPI no 16-bit sums, and of the GPTs only one."""
+    mark = "-openmpi" if openmpi else ""
+    dtypes = ("--dtype", "float32") if openmpi else ()
+    sweep = QUICK_SWEEP if quick else ("--seconds", "0.5")
+    for n in ranks:
+        yield Benchmark(f"allreduce{mark}-{n}", n, "allreduce.py", (*sweep, *dtypes))
+        for model in ("gpt2", "mlp200") if openmpi else ("gpt2", "gpt10m", "mlp200"):
+            # GPT-2 on four ranks leaves no room for the one that trains alone.
+            alone = ("--without-alone",) if model == "gpt2" and n > 2 else ()
+            steps = QUICK_STEPS if quick else ()
+            arguments = ("--model", model, *steps, *alone)
+            yield Benchmark(f"train{mark}-{model}-{n}", n, "train_step.py", arguments)
+
+
+def run(command: Sequence[str]) -> None:
+    """Print a command and run it in the project's folder; end here if it fails."""
+    print(f"\n>>> {shlex.join(command)}", flush=True)
+    with started(command, cwd=ROOT, env=launch_environment()) as process:
+        if status := process.wait():
+            sys.exit(f"the command above failed with status {status}")
+
+
+def main() -> None:
+    """Run all benchmarks one after the other, and print their results as tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
+    parser.add_argument("--quick", action="store_true", help="only to see that everything runs")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="default: docs/figures")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    if options.quick and out == FIGURES:
+        parser.error("--quick measures too little for docs/figures; name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    counts = [int(count) for count in options.ranks.split(",")]
+    openmpi = is_openmpi(find_mpirun(sys.executable))
+    every = list(benchmarks(counts, openmpi, options.quick))
+    for each in every:
+        run(each.command(out))
+    run([sys.executable, "benchmarks/tables.py", *(str(each.json(out)) for each in every)])
+
+
+if __name__ == "__main__":
+    main()
