@@ -19,6 +19,7 @@ from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
 from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
+from mpizero_torch.zero import zero
 
 __all__ = [
     "ArgumentError",
@@ -36,4 +37,5 @@ __all__ = [
     "mean",
     "shard",
     "sum",
+    "zero",
 ]

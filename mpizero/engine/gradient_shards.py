@@ -86,11 +86,13 @@ class GradientSharder(ReducedPasses):
         # beforehand, and the first pass needs no more memory than the others.
         self._expected = [1] * len(specs)
         self._late = [False] * len(specs)
-        self._segments = [
+        pieces = [
             _piece(at, space, segment, place)
             for at, space in enumerate(spaces)
             for segment, place in zip(space.segments, space.shard_places(group.part), strict=True)
         ]
+        # Backward comes to the last parameters first.
+        self._segments = sorted(pieces, key=lambda piece: -min(piece.members, default=0))
         self._waiting = _pieces_of(self._segments, len(specs))
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._make_memory(allocate)
@@ -107,6 +109,15 @@ class GradientSharder(ReducedPasses):
     def shard(self, space: int) -> list[Any]:
         """This rank's gradient of a space: the memory of its block of each segment."""
         return [self._own(piece) for piece in self._segments if piece.space == space]
+
+    def shard_of_parameter(self, space: int, index: int) -> Any:
+        """This rank's gradient of a parameter that is its own as a whole (1-D)."""
+        cut, part, memory = self._spaces[space], self._group.part, self._memory[space]
+        return memory[cut.place(index) if self._whole else cut.owned_place(index, part)]
+
+    def segments_of(self, index: int) -> Sequence[Piece]:
+        """The segments that a parameter is part of."""
+        return self._waiting[index]
 
     def view(self, index: int, space: int) -> Any:
         """Stage 1: where all of a parameter's gradient lies."""

@@ -27,46 +27,45 @@ COMMON, WHOLE, SHARDED = "common", "whole", "sharded"
 
 
 class ParameterMemory:
-    """The parameters of ``spaces``; for those with ``masters`` also float32 copies of its blocks.
+    """The parameters' memory, and float32 copies of this rank's blocks where these are wanted.
 
-    Spaces that are not ``trained`` are never updated. ``how``: COMMON, WHOLE or SHARDED; COMMON
-    becomes WHOLE where there is no room for it. ``allocate(count, dtype)`` gives zeroed memory that
-    ranks of a node can reach. Collective.
+    ``how``: COMMON, WHOLE or SHARDED. Where a node has no room for COMMON memory, a space lies in
+    every rank's own. ``allocate(count, dtype)`` gives zeroed memory that ranks of a node can reach.
+    Spaces that are not ``trained`` are never updated.
     """
 
     def __init__(
-        self,
-        group: ShardGroup,
-        spaces: Sequence[Space],
-        how: str,
-        allocate: Allocate,
-        allocate_private: Allocate,
-        masters: Sequence[bool],
-        trained: Sequence[bool],
+        self, group: ShardGroup, how: str, allocate: Allocate, allocate_private: Allocate
     ) -> None:
-        self._group, self._spaces = group, spaces
-        self._trained = [at for at, is_trained in enumerate(trained) if is_trained]
-        flats: list[Any] = []
-        if how == COMMON:
-            for space in spaces:
-                flats.append(group.inner.allocate_common(space.size, space.layout.dtype))
-            if any(flat is None for flat in flats):
-                flats, how = [], WHOLE
-        if how == WHOLE:
-            flats = [allocate(space.size, space.layout.dtype) for space in spaces]
-        elif how == SHARDED:
-            flats = [
-                allocate(
-                    max(space.shard_size(part) for part in range(group.parts)), space.layout.dtype
-                )
-                for space in spaces
-            ]
-        self.how = how
-        self._flats = flats
-        self.masters = [
-            allocate_private(space.shard_size(group.part), np.float32) if wanted else None
-            for space, wanted in zip(spaces, masters, strict=True)
-        ]
+        self._group, self.how = group, how
+        self._allocate, self._allocate_private = allocate, allocate_private
+        self._spaces: list[Space] = []
+        self._flats: list[Any] = []
+        self._is_common: list[bool] = []
+        self._trained: list[int] = []
+        self.masters: list[Any] = []
+
+    def add(self, space: Space, *, trained: bool = True, master: bool = False) -> int:
+        """Make memory for a space; returns its number. Collective."""
+        flat, dtype = None, space.layout.dtype
+        if self.how == COMMON:
+            flat = self._group.inner.allocate_common(space.size, dtype)
+        self._is_common.append(flat is not None)
+        if flat is None:
+            size = space.size
+            if self.how == SHARDED:
+                size = max(space.shard_size(part) for part in range(self._group.parts))
+            flat = self._allocate(size, dtype)
+        wide = None
+        if master:
+            wide = self._allocate_private(space.shard_size(self._group.part), np.float32)
+        number = len(self._spaces)
+        self._spaces.append(space)
+        self._flats.append(flat)
+        self.masters.append(wide)
+        if trained:
+            self._trained.append(number)
+        return number
 
     def view(self, space: int, index: int) -> Any:
         """A parameter in its shape (not where they are sharded)."""
@@ -85,6 +84,14 @@ class ParameterMemory:
         if master is None:
             return self.blocks(space)
         return [master[place] for place in self._spaces[space].shard_places(self._group.part)]
+
+    def updated_parameter(self, space: int, index: int) -> Any:
+        """The same for a parameter that is this rank's as a whole (1-D)."""
+        cut, master = self._spaces[space], self.masters[space]
+        own = cut.owned_place(index, self._group.part)
+        if master is not None:
+            return master[own]
+        return self._flats[space][own if self.how == SHARDED else cut.place(index)]
 
     def store(self, space: int, index: int, values: Any) -> None:
         """Put a parameter where this rank keeps it, or its part: ``values`` are all of it, 1-D.
@@ -122,8 +129,8 @@ class ParameterMemory:
         if self.how == SHARDED:
             self.settle()
             return
-        send = self._group.publish if self.how == COMMON else self._group.gather
         for at in self._trained:
+            send = self._group.publish if self._is_common[at] else self._group.gather
             send("updated parameters", self._flats[at], _places(self._spaces[at])).wait()
 
     def gather(self, space: int, whole: Callable[[], Any]) -> Handle:
@@ -153,7 +160,7 @@ class ParameterMemory:
     def _stored_here(self, space: int) -> list[tuple[Any, slice]]:
         """The memory that this rank fills, with the elements of the space that belong there."""
         flat, cut, group = self._flats[space], self._spaces[space], self._group
-        if self.how == WHOLE:
+        if self.how == WHOLE or (self.how == COMMON and not self._is_common[space]):
             return [(flat, slice(0, cut.size))]
         if self.how == SHARDED:
             return [

@@ -70,15 +70,15 @@ class Space:
             end = places[-1].stop
         return places
 
-    def owned_place(self, index: int, part: int) -> slice:
-        """Where a whole parameter that is the part's lies in that memory."""
+    def owned_place(self, index: int, part: int) -> slice | None:
+        """Where a parameter lies in that memory, if it is the part's as a whole; else None."""
         own = self.place(index)
-        places = self.shard_places(part)
-        for segment, place in zip(self.segments, places, strict=True):
-            if index in segment.members:
-                start = place.start + own.start - segment.block(part).start
+        for segment, place in zip(self.segments, self.shard_places(part), strict=True):
+            block = segment.block(part)
+            if block.start <= own.start < block.stop:
+                start = place.start + own.start - block.start
                 return slice(start, start + own.stop - own.start)
-        return slice(0, 0)
+        return None
 
     def shard_size(self, part: int) -> int:
         """Elements of all the part's blocks."""

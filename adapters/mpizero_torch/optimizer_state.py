@@ -1,0 +1,229 @@
+"""The optimizer's state: from this rank's shards to whole parameters' and back.
+
+Whole state has the form of the plain torch optimizer's ``state_dict``: parameters by number, in the
+order of its groups. It travels piece by piece, so that no rank needs memory for more than the
+result and one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpizero import ArgumentError
+from mpizero.engine import ShardGroup
+from mpizero_torch.shard_runs import Run, split
+
+_NUMBERED = "step"  # counts steps: never a number for each element, never rounded to another dtype
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of state that some rank holds: of elements ``start`` to ``stop`` of a parameter.
+
+    ``sliced``: one number for each element; else of any shape, for the parameter as a whole.
+    """
+
+    rank: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sliced: bool
+
+
+def consolidate(
+    inner: torch.optim.Optimizer,
+    runs: Sequence[Run],
+    members: Sequence[Sequence[int]],
+    shapes: Sequence[tuple[int, ...]],
+    group: ShardGroup,
+    root: int | None,
+) -> dict[str, Any]:
+    """The plain optimizer's state_dict, on every rank or on ``root``. Collective."""
+    tensors, others = _own(inner, runs, group)
+    everyones = group.world.gather_objects((_describe(tensors, group), others))
+    wanted = root is None or root == group.world.rank
+    state: dict[int, dict[str, Any]] = {}
+    numbers = _numbers(members)
+    for index, number in numbers.items():
+        found: dict[str, Any] = {}
+        keys = {key for held, _ in everyones for at, key in held if at == index}
+        for key in sorted(keys):
+            holders = [each for held, _ in everyones for each in held.get((index, key), ())]
+            value = _gather(tensors.get((index, key), {}), holders, shapes[index], group, wanted)
+            found[key] = value
+        for _, other in everyones:
+            found.update(other.get(index, {}))
+        if found and wanted:
+            state[number] = {key: found[key] for key in sorted(found, key=_like_torch)}
+    packed, at = [], 0
+    for settings, indices in zip(inner.param_groups, members, strict=True):
+        own = {key: value for key, value in settings.items() if key != "params"}
+        packed.append({**own, "params": list(range(at, at + len(indices)))})
+        at += len(indices)
+    return {"state": state, "param_groups": packed}
+
+
+def distribute(
+    inner: torch.optim.Optimizer,
+    runs: Sequence[Run],
+    members: Sequence[Sequence[int]],
+    shapes: Sequence[tuple[int, ...]],
+    saved: dict[str, Any],
+) -> list[Run]:
+    """Let each run have its part of ``saved``; returns the runs, cut where their pasts differ.
+
+    Raises ArgumentError if it is of other groups or of parameters of other shapes.
+    """
+    sizes = [len(each["params"]) for each in saved["param_groups"]]
+    if sizes != [len(each) for each in members]:
+        raise ArgumentError(
+            "load_state_dict()", "state_dict", f"of groups of {sizes} parameters",
+            f"of groups of {[len(each) for each in members]} parameters",
+        )  # fmt: skip
+    order = [number for each in saved["param_groups"] for number in each["params"]]
+    indices = [index for each in members for index in each]
+    state = {
+        index: saved["state"][number]
+        for index, number in zip(indices, order, strict=True)
+        if number in saved["state"]
+    }
+    for index, values in state.items():
+        _check(index, values, shapes[index])
+
+    def past(index: int) -> Hashable:
+        """What must be equal for two parameters to go on together."""
+        values = state.get(index)
+        if values is None:
+            return None
+        return tuple(
+            (key, None if _is_sliced(key, value, shapes[index]) else _plain(value))
+            for key, value in sorted(values.items())
+        )
+
+    inner.state.clear()
+    runs = split(runs, past, inner.state)
+    for run in runs:
+        if run.pieces and run.pieces[0].index in state:
+            inner.state[run.parameter] = _state_of(run, state, shapes)
+    for settings, theirs in zip(inner.param_groups, saved["param_groups"], strict=True):
+        settings.update({key: value for key, value in theirs.items() if key != "params"})
+    return list(runs)
+
+
+def _own(
+    inner: torch.optim.Optimizer, runs: Sequence[Run], group: ShardGroup
+) -> tuple[dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]], dict[int, Any]]:
+    """This rank's tensors by parameter, key and first element; and what is no tensor of size."""
+    tensors: dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]] = {}
+    others: dict[int, dict[str, Any]] = {}
+    if group.outer is not None and group.copies > 1 and group.outer.rank > 0:
+        return tensors, others  # another rank holds the same
+    for run in runs:
+        for key, value in inner.state.get(run.parameter, {}).items():
+            for piece in run.pieces:
+                if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                    plain = value.clone() if isinstance(value, torch.Tensor) else value
+                    others.setdefault(piece.index, {})[key] = plain
+                    continue
+                sliced = value.shape == run.parameter.shape
+                part = value.reshape(-1)[piece.place] if sliced else value
+                held = tensors.setdefault((piece.index, key), {})
+                held[piece.elements.start] = (piece.elements.stop, part, sliced)
+    return tensors, others
+
+
+def _describe(tensors: dict[Any, Any], group: ShardGroup) -> dict[tuple[int, str], list[Held]]:
+    rank = group.world.rank
+    return {
+        key: [
+            Held(rank, start, stop, tuple(value.shape), value.dtype, sliced)
+            for start, (stop, value, sliced) in sorted(pieces.items())
+        ]
+        for key, pieces in tensors.items()
+    }
+
+
+def _gather(
+    own: dict[int, tuple[int, torch.Tensor, bool]],
+    holders: Sequence[Held],
+    shape: tuple[int, ...],
+    group: ShardGroup,
+    wanted: bool,
+) -> torch.Tensor | None:
+    """A tensor of a parameter's state, put together where it is ``wanted``."""
+    world, device = group.world, torch.device(group.world.device.name)
+    whole: torch.Tensor | None = None
+    for held in sorted(holders, key=lambda each: each.start):
+        if held.rank == world.rank:
+            piece = own[held.start][1].contiguous()
+        else:
+            piece = torch.empty(held.shape, dtype=held.dtype, device=device)
+        world.broadcast(piece, held.rank)
+        if not wanted:
+            continue
+        if not held.sliced:
+            whole = piece.clone() if held.rank == world.rank else piece
+        else:
+            if whole is None:
+                whole = torch.empty(shape, dtype=held.dtype, device=device)
+            whole.view(-1)[held.start : held.stop] = piece.view(-1)
+    return whole
+
+
+def _state_of(run: Run, state: dict[int, Any], shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """The state of a run, whose parameters have the same past."""
+    parameter, first = run.parameter, run.pieces[0].index
+    result: dict[str, Any] = {}
+    for key, value in state[first].items():
+        if not _is_sliced(key, value, shapes[first]):
+            result[key] = _as_torch_keeps(key, value, parameter)
+            continue
+        own = torch.zeros_like(parameter.detach())
+        for piece in run.pieces:
+            theirs = state[piece.index][key].reshape(-1)[piece.elements]
+            own.view(-1)[piece.place] = theirs.to(own)
+        result[key] = own
+    return result
+
+
+def _as_torch_keeps(key: str, value: Any, parameter: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key == _NUMBERED or not parameter.is_floating_point():
+        return value.clone()
+    return value.to(dtype=parameter.dtype, device=parameter.device, copy=True)
+
+
+def _is_sliced(key: str, value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and key != _NUMBERED and tuple(value.shape) == shape
+
+
+def _check(index: int, values: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """A first moment, for instance, has its parameter's shape: does this one?"""
+    for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"):
+        value = values.get(key)
+        if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
+            raise ArgumentError(
+                "load_state_dict()", f"state of parameter {index}",
+                f"'{key}' of shape {tuple(value.shape)}", f"shape {shape}",
+            )  # fmt: skip
+
+
+def _plain(value: Any) -> Hashable:
+    return tuple(value.reshape(-1).tolist()) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _like_torch(key: str) -> tuple[bool, str]:
+    return key != _NUMBERED, key
+
+
+def _numbers(members: Sequence[Sequence[int]]) -> dict[int, int]:
+    """The plain optimizer's number of each parameter."""
+    return {
+        index: number for number, index in enumerate(index for each in members for index in each)
+    }

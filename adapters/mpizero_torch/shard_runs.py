@@ -1,0 +1,121 @@
+"""What a torch optimizer sees under sharding: this rank's part of the parameters, as parameters.
+
+A *run* is memory of this rank's shard that can be updated as one tensor: a slice of a segment
+(partition "flat"), or a whole parameter (partition "parameter"). A run that covers several
+parameters is cut when their fates part: when one of them gets a gradient in a step and another
+does not, an optimizer must leave the second, with its state, alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpizero.engine import Space
+from mpizero_torch import tensors
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements ``elements`` (C order) of parameter ``index``, at ``place`` of a run."""
+
+    index: int
+    elements: slice
+    place: slice
+
+
+@dataclass(eq=False)
+class Run:
+    """Memory that is updated as one: ``parameter``, its ``gradient``, and what lies in it."""
+
+    parameter: nn.Parameter
+    gradient: torch.Tensor
+    pieces: tuple[Piece, ...]
+    group: int  # of the optimizer's groups
+
+
+def slice_runs(
+    space: Space, group: int, part: int, values: Sequence[Any], gradients: Sequence[Any]
+) -> Iterable[Run]:
+    """A run for each segment. ``values``, ``gradients``: the memory of the part's block of each.
+
+    ``group``: the optimizer's.
+    """
+    for segment, block, gradient in zip(space.segments, values, gradients, strict=True):
+        if block.size == 0:
+            continue
+        own = segment.block(part)
+        found = [(index, space.layout.overlap(str(index), own)) for index in segment.members]
+        pieces = tuple(Piece(index, *overlap) for index, overlap in found if overlap is not None)
+        parameter = nn.Parameter(tensors.as_tensor(block))
+        yield Run(parameter, tensors.as_tensor(gradient), pieces, group)
+
+
+def parameter_runs(
+    space: Space,
+    group: int,
+    part: int,
+    values: Callable[[int], Any],
+    gradients: Callable[[int], Any],
+) -> Iterable[Run]:
+    """A run for each parameter that is the part's; ``values(index)``: all of its memory."""
+    for index in space.members:
+        if space.owned_place(index, part) is not None:
+            shape = space.shape(index)
+            parameter = nn.Parameter(tensors.as_tensor(values(index)).view(shape))
+            gradient = tensors.as_tensor(gradients(index)).view(shape)
+            count = parameter.numel()
+            whole = Piece(index, slice(0, count), slice(0, count))
+            yield Run(parameter, gradient, (whole,), group)
+
+
+def split(runs: Sequence[Run], fate: Callable[[int], Hashable], state: dict[Any, Any]) -> list[Run]:
+    """Cut the runs where neighbouring parameters differ in ``fate(index)``.
+
+    ``state`` is the optimizer's, by parameter: the parts of a run go on with their parts of it.
+    """
+    result: list[Run] = []
+    for run in runs:
+        fates = [fate(piece.index) for piece in run.pieces]
+        result += [run] if len(set(fates)) < 2 else _cut(run, fates, state)
+    return result
+
+
+def _cut(run: Run, fates: Sequence[Hashable], state: dict[Any, Any]) -> list[Run]:
+    parts: list[Run] = []
+    count = run.parameter.numel()
+    together = [
+        [piece for _, piece in same]
+        for _, same in groupby(zip(fates, run.pieces, strict=True), key=lambda pair: pair[0])
+    ]
+    # Padding goes with what it follows.
+    bounds = [0, *(pieces[0].place.start for pieces in together[1:]), count]
+    before = state.pop(run.parameter, {})
+    for pieces, (start, stop) in zip(together, pairwise(bounds), strict=True):
+        parameter = nn.Parameter(run.parameter.detach()[start:stop])
+        moved = tuple(
+            Piece(p.index, p.elements, slice(p.place.start - start, p.place.stop - start))
+            for p in pieces
+        )
+        part = Run(parameter, run.gradient[start:stop], moved, run.group)
+        if run.parameter.grad is not None:
+            parameter.grad = part.gradient
+        if before:
+            state[parameter] = {
+                key: _part_of_state(value, count, start, stop) for key, value in before.items()
+            }
+        parts.append(part)
+    return parts
+
+
+def _part_of_state(value: Any, count: int, start: int, stop: int) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() == 1 and value.numel() == count:
+        return value[start:stop]
+    return value.clone()

@@ -1,0 +1,167 @@
+"""Gradients under sharding: from ``.grad`` into segments, and from segments to the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpizero.engine import Filling, GradientSharder
+from mpizero_torch import tensors
+from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
+
+_Target = tuple[int, slice | None, torch.Tensor]
+
+
+class ShardHooks(BackwardHooks):
+    """Has a GradientSharder reduce the gradients of ``named`` parameters.
+
+    Gradients that stay on this rank (under ``no_sync``) lie where autograd puts them, in
+    ``.grad``; with ``hold`` they go to the memory that it gives for a parameter's number, where
+    they are added up.
+    """
+
+    _reducer: GradientSharder
+
+    def __init__(
+        self,
+        owner: Owner,
+        named: Sequence[tuple[str, nn.Parameter]],
+        make_sharder: Callable[
+            [Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]], GradientSharder
+        ],
+        hold: Callable[[int], torch.Tensor] | None,
+        on_reduced: Callable[[list[bool]], None],
+        before_pass: Callable[[], None],
+    ) -> None:
+        self._names = [name for name, _ in named]
+        self._all = [parameter for _, parameter in named]
+        self._targets: dict[tuple[int, int], list[_Target]] = {}
+        self._hold, self._held = hold, dict[int, torch.Tensor]()
+        self._on_reduced, self._before_pass = on_reduced, before_pass
+        self._came: set[int] = set()
+        # Gradients on their way, and how many of their segments they have yet to be put into.
+        self._leaving: dict[int, list[Any]] = {}
+        super().__init__(owner, make_sharder(self._fill))
+
+    @property
+    def sharder(self) -> GradientSharder:
+        return self._reducer
+
+    def forget(self) -> None:
+        """Drop the gradients that are still on this rank."""
+        self._held.clear()
+        for parameter in self._all:
+            parameter.grad = None
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Are there gradients that stayed on this rank?"""
+        return bool(self._held) or any(p.grad is not None for p in self._all)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(each.nbytes for each in self._held.values())
+
+    def _begin(self) -> None:
+        if not self._in_backward:
+            self._before_pass()
+            self._came.clear()
+        super()._begin()
+
+    def shadow(self) -> bool:
+        self._before_pass()
+        self._came.clear()
+        return super().shadow()
+
+    def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
+        announce = super()._on_accumulated(index)
+        if self._hold is None:
+            return announce
+
+        def accumulated(parameter: torch.Tensor) -> None:
+            announce(parameter)
+            if not self._owner._synchronise:
+                self._put_aside(index)
+
+        return accumulated
+
+    def _put_aside(self, index: int) -> None:
+        """Add a gradient that stays here to those before it, in memory that is there for it."""
+        gradient = self._all[index].grad
+        if gradient is None or self._hold is None:
+            return
+        check_dense(gradient, self._names[index])
+        if index in self._held:
+            self._held[index].add_(gradient)
+        else:
+            self._held[index] = self._hold(index)
+            self._held[index].copy_(gradient)
+        self._all[index].grad = None
+
+    def _any_kept(self) -> bool:
+        return (
+            self._reducer.keeps
+            or bool(self._held)
+            or any(p.grad is not None and bool(p.grad.any()) for p in self._all)
+        )
+
+    def _has_gradient(self) -> list[bool]:
+        return [
+            index in self._came or index in self._held or parameter.grad is not None
+            for index, parameter in enumerate(self._all)
+        ]
+
+    def _take_over(self, anywhere: list[bool]) -> None:
+        self._held.clear()
+        self._on_reduced(anywhere)
+
+    def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
+        """Copy the gradients of a segment's parameters to it, all in one call.
+
+        A gradient goes as soon as the last segment that it is part of has its part.
+        """
+        if key not in self._targets:
+            self._targets[key] = [_target(filling) for filling in fillings]
+        memory, gradients, missing = [], [], []
+        for at, (index, elements, target) in enumerate(self._targets[key]):
+            gradient = self._leave(index)
+            if gradient is None:
+                missing.append(at)
+                continue
+            part = gradient if elements is None else gradient.reshape(-1)[elements]
+            if part.data_ptr() != target.data_ptr():
+                memory.append(target)
+                gradients.append(part)
+        if memory:
+            torch._foreach_copy_(memory, gradients)
+        return missing
+
+    def _leave(self, index: int) -> torch.Tensor | None:
+        """This rank's gradient, taken from ``.grad``: what comes later is another one."""
+        if index not in self._leaving:
+            parameter = self._all[index]
+            held, gradient = self._held.pop(index, None), parameter.grad
+            if gradient is not None:
+                check_dense(gradient, self._names[index])
+                parameter.grad = None
+                held = gradient if held is None else held.add_(gradient)
+            if held is None:
+                return None
+            self._came.add(index)
+            self._leaving[index] = [held, len(self._reducer.segments_of(index))]
+        leaving = self._leaving[index]
+        leaving[1] -= 1
+        if leaving[1] == 0:
+            del self._leaving[index]
+        found: torch.Tensor = leaving[0]
+        return found
+
+
+def _target(filling: Filling) -> _Target:
+    memory = tensors.as_tensor(filling.memory)
+    if filling.elements is None:
+        memory = memory.view(filling.shape)
+    return filling.index, filling.elements, memory

@@ -1,0 +1,185 @@
+"""``ShardedModule``: what ``mz.zero`` makes of a model, whose state is spread over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from mpizero import ArgumentError
+from mpizero.engine import COMMON, GradientSharder, ShardGroup
+from mpizero_torch import batch_weight
+from mpizero_torch.loss_scale import LossScale
+from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.wrapper import DistributedModule
+from mpizero_torch.zero_hooks import ShardHooks
+from mpizero_torch.zero_optimizer import ShardedOptimizer, no_gradients
+from mpizero_torch.zero_state import ShardedState, Sharding
+
+
+class ShardedModule(DistributedModule):
+    """A module that trains with its optimizer state, gradients and parameters sharded.
+
+    Made by ``mz.zero``. Used like the module; ``.grad`` of its parameters is None after backward,
+    for the gradients' mean is in the optimizer's shards.
+    """
+
+    _hooks: ShardHooks
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: ShardedOptimizer,
+        groups: Sequence[Sequence[int]],
+        group: ShardGroup,
+        sharding: Sharding,
+        *,
+        broadcast_buffers: bool,
+        loss_scale: LossScale | None,
+    ) -> None:
+        super().__init__(module, group.world)
+        self._named = list(module.named_parameters())
+        buffers = [buffer for _, buffer in module.named_buffers()]
+        broadcast_tensors([p for _, p in self._named] + buffers, self.world, root=0)
+        self._optimizer, self._sharding = [optimizer], sharding
+        self._loss_scale = loss_scale
+        self._state = ShardedState(self._named, groups, group, sharding, [0] * len(self._named))
+        self._hooks = self._make_hooks()
+        optimizer.take(self, self._state.make_runs(self.sharder), groups)
+        self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
+        self._versions = self._current_versions()
+        self._watch_parameters()
+
+    @property
+    def optimizer(self) -> ShardedOptimizer:
+        """The optimizer that was made with this module."""
+        return self._optimizer[0]
+
+    @property
+    def sharder(self) -> GradientSharder:
+        return self._hooks.sharder
+
+    @property
+    def state(self) -> ShardedState:
+        return self._state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward on this rank's input. With ``precision``, in it."""
+        self._check_unwritten()
+        if self._sharding.precision is None:
+            return super().forward(*args, **kwargs)
+        args, kwargs = tree_map(self._narrow, (args, kwargs))
+        return tree_map(self._widen, super().forward(*args, **kwargs))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, as the optimizer's does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def before_update(self) -> None:
+        """All ranks have come to the update: none reads the old parameters any more. Collective."""
+        if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
+            raise no_gradients("optimizer.step()")
+        self._state.memory.settle()
+
+    def should_update(self) -> bool:
+        """False if the gradients overflowed, on any rank, under a scaled loss."""
+        return self._loss_scale is None or self._loss_scale.update(self.sharder.overflowed)
+
+    def after_update(self) -> None:
+        """This rank's shards have been updated: publish them. Collective."""
+        self._state.memory.publish()
+
+    def forget_unreduced(self) -> None:
+        """Drop the gradients that are still on this rank."""
+        self._hooks.forget()
+
+    def _watch_parameters(self) -> None:
+        are_trainable = [parameter.requires_grad for _, parameter in self._named]
+        if are_trainable != self._were_trainable:
+            self._were_trainable = are_trainable
+            self.sharder.set_trained(are_trainable)
+            managed = self._state.space_of
+            self._hooks.watch(
+                [
+                    (index, parameter)
+                    for index, (_, parameter) in enumerate(self._named)
+                    if parameter.requires_grad and managed[index].group >= 0
+                ]
+            )
+        if self._stated is not None or batch_weight.current().value != 1.0:
+            self._hooks.scale_gradients()
+
+    def _make_hooks(self) -> ShardHooks:
+        return ShardHooks(
+            self,
+            self._named,
+            lambda fill: self._state.make_sharder(fill, self._unscale),
+            hold=self._memory_to_hold(),
+            on_reduced=self._take_gradients,
+            before_pass=self._prepare_pass,
+        )
+
+    def _memory_to_hold(self) -> Any:
+        """Where gradients that stay on this rank are added up; None: where autograd puts them."""
+        if self._sharding.stage == 1:
+            return lambda index: self._state.gradient_view(self.sharder, index)
+        if self._sharding.accumulate_in_float32:
+            return lambda index: torch.empty_like(self._named[index][1], dtype=torch.float32)
+        return None
+
+    def _unscale(self) -> float:
+        return 1.0 if self._loss_scale is None else self._loss_scale.value
+
+    def _prepare_pass(self) -> None:
+        optimizer, sharder = self.optimizer, self.sharder
+        sharder.keeps = optimizer.holds_gradients
+        if sharder.keeps:
+            for run in optimizer.runs:
+                if run.parameter.grad is None:
+                    run.gradient.zero_()
+
+    def _take_gradients(self, anywhere: list[bool]) -> None:
+        self.optimizer.receive(anywhere.__getitem__)
+        if self.sharder.overflowed and self._loss_scale is None:
+            # A GradScaler looks at this rank's shards alone; every rank's must tell it.
+            for run in self.optimizer.runs:
+                if run.parameter.grad is not None:
+                    run.gradient.view(-1)[:1] = torch.inf
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    def _narrow(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(self._sharding.precision)
+        return value
+
+    def _widen(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype == self._sharding.precision:
+            value = value.float()
+            if self._loss_scale is not None:
+                value = self._loss_scale.apply(value)
+        return value
+
+    def _current_versions(self) -> list[int]:
+        return [0 if p.is_inference() else p._version for _, p in self._named]
+
+    def _check_unwritten(self) -> None:
+        """Shared memory written to by every rank would have been written to n times."""
+        if self._sharding.how != COMMON or self.world.local_size == 1:
+            return
+        versions = self._current_versions()
+        if versions != self._versions:
+            pairs = zip(self._versions, versions, strict=True)
+            at = next(at for at, (old, new) in enumerate(pairs) if old != new)
+            raise ArgumentError(
+                "forward()", "parameters",
+                f"'{self._named[at][0]}' was written to in place after mz.zero()",
+                "parameters that only the optimizer changes",
+                "The ranks of a node share one copy, so every rank's write was applied to it. "
+                "Initialise before mz.zero(), write inside `with mz.gathered(model):`, or give "
+                "every rank a copy with share_parameters=False.",
+            )  # fmt: skip

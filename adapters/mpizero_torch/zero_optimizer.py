@@ -1,0 +1,166 @@
+"""``ShardedOptimizer``: a torch optimizer whose parameters are this rank's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mpizero import ArgumentError, MpizeroError
+from mpizero_torch.optimizer_state import consolidate, distribute
+from mpizero_torch.shard_runs import Run, split
+
+if TYPE_CHECKING:
+    from mpizero_torch.zero_module import ShardedModule
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """What ``mz.zero`` gives back for ``inner``: it updates this rank's part, and shows it to all.
+
+    ``param_groups`` are the inner optimizer's, with this rank's shards for parameters (1-D slices,
+    or whole parameters; their ``.grad`` is the mean over the ranks), so that schedulers, hooks,
+    ``GradScaler`` and everything that changes hyper-parameters work as ever. ``step`` is
+    collective. ``state_dict`` and ``load_state_dict`` speak of the whole parameters, in the form
+    of the plain optimizer's.
+    """
+
+    _module: ShardedModule
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._inner = inner
+        # The numbers of each group's parameters, in the order of the plain optimizer's.
+        self._members: list[list[int]] = []
+        super().__init__([{"params": [nn.Parameter(torch.empty(0))]}], inner.defaults)
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+
+    def take(
+        self, module: ShardedModule, runs: Sequence[Run], members: Sequence[Sequence[int]]
+    ) -> None:
+        """Update these runs, of ``module``; ``members``: the plain optimizer's groups."""
+        self._module = module
+        self._members = [list(each) for each in members]
+        self._runs = list(runs)
+        self._regroup()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update this rank's shards with their gradients, and every rank's parameters. Collective.
+
+        Raises MpizeroError if gradients have only been accumulated under ``no_sync``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._module.before_update()
+        if self._module.should_update():
+            self._inner.step()
+        self._module.after_update()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, of the shards and those still on this rank."""
+        self._module.forget_unreduced()
+        for run in self._runs:
+            if run.parameter.grad is None:
+                continue
+            if set_to_none:
+                run.parameter.grad = None
+            else:
+                run.gradient.zero_()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the wrapped model, which were in no group before. Collective."""
+        if not hasattr(self, "_runs"):  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        parameters = [given] if isinstance(given, torch.Tensor) else list(given)
+        self._module.add_group({**param_group, "params": parameters})
+
+    def state_dict(self, root: int | None = None) -> dict[str, Any]:
+        """The plain optimizer's state_dict, of whole parameters. Collective.
+
+        On every rank, or on ``root`` only (elsewhere the state is empty). Takes the result's memory
+        and, for a moment, one piece of a parameter's state.
+        """
+        state = self._module.state
+        return consolidate(self._inner, self._runs, self._members, state.shapes, state.group, root)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state_dict of a plain optimizer, or ``state_dict()``'s, on every rank.
+
+        Each keeps its part. Raises ArgumentError if it is of other groups or parameters.
+        """
+        self._runs = distribute(
+            self._inner, self._runs, self._members, self._module.state.shapes, state_dict
+        )
+        self._regroup()
+
+    def adopt(self, runs: Iterable[Run], group: dict[str, Any], members: Sequence[int]) -> None:
+        """A further group, whose parameters are these runs'."""
+        self._runs += list(runs)
+        self._members.append(list(members))
+        fresh = [run.parameter for run in self._runs if run.group == len(self._members) - 1]
+        placeholder = fresh or [nn.Parameter(torch.empty(0))]
+        self._inner.add_param_group({**group, "params": placeholder})
+        self._regroup()
+
+    def receive(self, has_gradient: Callable[[int], bool]) -> None:
+        """The shards hold new gradients: let the optimizer see those of parameters that have one.
+
+        ``has_gradient(index)``: has any rank one for this parameter, from this pass?
+        """
+
+        waiting = [run for run in self._runs if run.parameter.grad is None]
+        runs = split(waiting, has_gradient, self.state)
+        if len(runs) > len(waiting):
+            self._runs = [run for run in self._runs if run.parameter.grad is not None] + runs
+            self._regroup()
+        for run in self._runs:
+            # Padding alone is updated with the rest, so that every rank has something to update.
+            if run.parameter.grad is None and (not run.pieces or has_gradient(run.pieces[0].index)):
+                run.parameter.grad = run.gradient
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Are there gradients in the shards, to which the next ones are added?"""
+        return any(run.parameter.grad is not None for run in self._runs)
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        return self._runs
+
+    def _regroup(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            group["params"] = [run.parameter for run in self._runs if run.group == number]
+
+
+def check_optimizer(optimizer: Any, named: dict[int, str]) -> None:
+    """Raise ArgumentError unless it is an optimizer of the model's parameters only."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(
+            "zero()", "optimizer", f"a {type(optimizer).__qualname__}", "a torch.optim.Optimizer"
+        )
+    if isinstance(optimizer, ShardedOptimizer):
+        raise ArgumentError("zero()", "optimizer", "one that is sharded already", "a plain one")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in named:
+                raise ArgumentError(
+                    "zero()", "optimizer",
+                    f"one with a parameter of shape {tuple(parameter.shape)} that is not the "
+                    "model's", "an optimizer of the model's own parameters",
+                    "Build it with model.parameters(), of the model that is given here.",
+                )  # fmt: skip
+
+
+def no_gradients(where: str) -> MpizeroError:
+    """The error for an update with gradients that were never averaged."""
+    return MpizeroError(
+        f"{where}: the gradients have only been accumulated on this rank, under no_sync(), and "
+        "never averaged. Let the last backward() before a step run outside no_sync()."
+    )

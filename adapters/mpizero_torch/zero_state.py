@@ -1,0 +1,200 @@
+"""``ShardedState``: a model's parameters, gradients and optimizer state, spread over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpizero.engine import (
+    FLAT,
+    Filling,
+    GradientSharder,
+    ParameterMemory,
+    ParameterSpec,
+    ShardGroup,
+    Space,
+    balanced_owners,
+    cut_by_parameter,
+    cut_flat,
+)
+from mpizero_torch import tensors
+from mpizero_torch.shard_runs import Run, parameter_runs, slice_runs
+
+Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
+
+FROZEN = -1  # the group of parameters that are in none of the optimizer's
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model's state is spread; see ``mz.zero``."""
+
+    stage: int
+    partition: str
+    how: str  # of ParameterMemory
+    segment_bytes: int
+    precision: torch.dtype | None = None
+    accumulate_in_float32: bool = False
+
+
+@dataclass(frozen=True)
+class OwnSpace:
+    """A space, its number in the parameter memory, and the optimizer's group of its parameters."""
+
+    space: Space
+    number: int
+    group: int
+
+
+class ShardedState:
+    """The parameters ``named``, moved to sharded memory, and the memory of their gradients.
+
+    ``groups``: for each of the optimizer's groups the numbers of its parameters. Collective.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        groups: Sequence[Sequence[int]],
+        group: ShardGroup,
+        sharding: Sharding,
+        units: Sequence[int],
+    ) -> None:
+        self.group, self.sharding = group, sharding
+        self.named = list(named)
+        self.device = self.named[0][1].device
+        self._units = list(units)
+        self.memory = ParameterMemory(group, sharding.how, self._allocate, self._private)
+        self.spaces: list[OwnSpace] = []
+        self.space_of: dict[int, OwnSpace] = {}
+        self._precision = sharding.precision
+        for number, members in enumerate(groups):
+            self.add(number, members)
+        self.add(FROZEN, [i for i in range(len(self.named)) if i not in self.space_of])
+
+    def add(self, group: int, members: Iterable[int]) -> list[OwnSpace]:
+        """Move the parameters ``members`` of an optimizer's group to sharded memory. Collective."""
+        keys: dict[tuple[int, torch.dtype], list[int]] = {}
+        for index in sorted(members, reverse=True):
+            parameter = self.named[index][1]
+            keys.setdefault((self._units[index], self._dtype(parameter)), []).append(index)
+        added = [self._add_space(group, indices) for indices in keys.values()]
+        self.memory.settle()
+        return added
+
+    def make_sharder(self, fill: Fill, unscale: Callable[[], float]) -> GradientSharder:
+        """Memory for the gradients of the parameters in groups, and their reduction."""
+        trained = [own for own in self.spaces if own.group != FROZEN]
+        return GradientSharder(
+            self.group,
+            self.specs(),
+            [own.space for own in trained],
+            [self._gradient_dtype(own.space) for own in trained],
+            self._allocate,
+            whole=self.sharding.stage == 1,
+            stream=lambda: tensors.current_stream(self.device),
+            fill=fill,
+            unscale=unscale,
+        )
+
+    def make_runs(self, sharder: GradientSharder) -> list[Run]:
+        """This rank's shards as a torch optimizer is to see them."""
+        trained = [own for own in self.spaces if own.group != FROZEN]
+        runs: list[Run] = []
+        part, memory = self.group.part, self.memory
+        for at, own in enumerate(trained):
+            if self.sharding.partition == FLAT:
+                runs += slice_runs(
+                    own.space, own.group, part, memory.updated(own.number), sharder.shard(at)
+                )
+            else:
+                runs += parameter_runs(
+                    own.space,
+                    own.group,
+                    part,
+                    partial(memory.updated_parameter, own.number),
+                    partial(sharder.shard_of_parameter, at),
+                )
+        return runs
+
+    def gradient_view(self, sharder: GradientSharder, index: int) -> torch.Tensor:
+        """Stage 1: the memory for all of a parameter's gradient."""
+        trained = [own for own in self.spaces if own.group != FROZEN]
+        return tensors.as_tensor(sharder.view(index, trained.index(self.space_of[index])))
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(parameter.shape) for _, parameter in self.named]
+
+    def specs(self) -> list[ParameterSpec]:
+        return [
+            ParameterSpec(name, tuple(p.shape), tensors.numpy_dtype(self._dtype(p)))
+            for name, p in self.named
+        ]
+
+    def store(self, index: int, values: torch.Tensor) -> None:
+        """Give a parameter these values, the same on all ranks; to be followed by ``settle``."""
+        own = self.space_of[index]
+        flat = values.detach().reshape(-1)
+        if own.group != FROZEN and self.memory.masters[own.number] is not None:
+            flat = flat.float()
+        else:
+            flat = flat.to(self._dtype(self.named[index][1]))
+        self.memory.store(own.number, index, tensors.as_array(flat))
+
+    def _add_space(self, group: int, members: list[int]) -> OwnSpace:
+        parts, segment_bytes = self.group.parts, self.sharding.segment_bytes
+        specs = self.specs()
+        if self.sharding.partition == FLAT or group == FROZEN:
+            space = cut_flat(specs, members, parts, segment_bytes)
+        else:
+            owners = balanced_owners(specs, parts)
+            space = cut_by_parameter(specs, members, owners, parts, segment_bytes)
+        number = self.memory.add(
+            space,
+            trained=group != FROZEN,
+            master=group != FROZEN and self._wants_master(space),
+        )
+        own = OwnSpace(space, number, group)
+        self.spaces.append(own)
+        for index in members:
+            self.space_of[index] = own
+            parameter = self.named[index][1]
+            self.store(index, parameter)
+            self._place(parameter, index, own)
+        return own
+
+    def _place(self, parameter: nn.Parameter, index: int, own: OwnSpace) -> None:
+        """Let the parameter lie in the memory for it."""
+        view = tensors.as_tensor(self.memory.view(own.number, index))
+        parameter.data = view
+        if parameter.grad is not None:
+            parameter.grad = None
+
+    def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """The parameter's in training: what ``precision`` says, for floating point numbers."""
+        if self.sharding.precision is not None and parameter.is_floating_point():
+            return self.sharding.precision
+        return parameter.dtype
+
+    def _wants_master(self, space: Space) -> bool:
+        return self.sharding.precision is not None and space.layout.dtype.itemsize == 2
+
+    def _gradient_dtype(self, space: Space) -> Any:
+        if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
+            return np.dtype(np.float32)
+        return space.layout.dtype
+
+    def _allocate(self, count: int, dtype: Any) -> Any:
+        return tensors.zeros(self.group.inner, count, dtype, self.device)
+
+    def _private(self, count: int, dtype: Any) -> Any:
+        if self.device.type == "cpu":
+            return np.zeros(count, dtype)
+        return self._allocate(count, dtype)
