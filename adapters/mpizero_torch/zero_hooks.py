@@ -11,6 +11,7 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder
 from mpizero_torch import tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
+from mpizero_torch.units import UnitSchedule
 
 _Target = tuple[int, slice | None, torch.Tensor]
 
@@ -35,12 +36,14 @@ class ShardHooks(BackwardHooks):
         hold: Callable[[int], torch.Tensor] | None,
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
+        schedule: UnitSchedule | None,
     ) -> None:
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._targets: dict[tuple[int, int], list[_Target]] = {}
         self._hold, self._held = hold, dict[int, torch.Tensor]()
         self._on_reduced, self._before_pass = on_reduced, before_pass
+        self._schedule = schedule
         self._came: set[int] = set()
         # Gradients on their way, and how many of their segments they have yet to be put into.
         self._leaving: dict[int, list[Any]] = {}
@@ -78,10 +81,13 @@ class ShardHooks(BackwardHooks):
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
         announce = super()._on_accumulated(index)
-        if self._hold is None:
+        schedule = self._schedule
+        if self._hold is None and schedule is None:
             return announce
 
         def accumulated(parameter: torch.Tensor) -> None:
+            if schedule is not None:
+                schedule.gradient_came(index)
             announce(parameter)
             if not self._owner._synchronise:
                 self._put_aside(index)

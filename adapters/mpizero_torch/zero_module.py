@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError
-from mpizero.engine import COMMON, GradientSharder, ShardGroup
+from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
 from mpizero_torch import batch_weight
 from mpizero_torch.loss_scale import LossScale
 from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
 from mpizero_torch.zero_hooks import ShardHooks
 from mpizero_torch.zero_optimizer import ShardedOptimizer, no_gradients
@@ -46,7 +47,12 @@ class ShardedModule(DistributedModule):
         broadcast_tensors([p for _, p in self._named] + buffers, self.world, root=0)
         self._optimizer, self._sharding = [optimizer], sharding
         self._loss_scale = loss_scale
-        self._state = ShardedState(self._named, groups, group, sharding, [0] * len(self._named))
+        self._units, unit_of = self._find_units()
+        self._state = ShardedState(self._named, groups, group, sharding, self._units, unit_of)
+        self._schedule: UnitSchedule | None = None
+        if self._units:
+            parameters = [parameter for _, parameter in self._named]
+            self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
         self._hooks = self._make_hooks()
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
         self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
@@ -82,6 +88,8 @@ class ShardedModule(DistributedModule):
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
         if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
             raise no_gradients("optimizer.step()")
+        if self._schedule is not None:
+            self._schedule.release_all()
         self._state.memory.settle()
 
     def should_update(self) -> bool:
@@ -112,6 +120,15 @@ class ShardedModule(DistributedModule):
         if self._stated is not None or batch_weight.current().value != 1.0:
             self._hooks.scale_gradients()
 
+    def _find_units(self) -> tuple[list[Unit], list[int]]:
+        """What is gathered together, where parameters are sharded; and each parameter's unit."""
+        if self._sharding.how != SHARDED:
+            return [], [0] * len(self._named)
+        found = find_units(self.module, self._sharding.segment_bytes)
+        units = [Unit(name, root) for name, root, _ in found]
+        of = {id(p): at for at, (_, _, parameters) in enumerate(found) for p in parameters}
+        return units, [of[id(parameter)] for _, parameter in self._named]
+
     def _make_hooks(self) -> ShardHooks:
         return ShardHooks(
             self,
@@ -120,6 +137,7 @@ class ShardedModule(DistributedModule):
             hold=self._memory_to_hold(),
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,
+            schedule=self._schedule,
         )
 
     def _memory_to_hold(self) -> Any:
@@ -142,6 +160,8 @@ class ShardedModule(DistributedModule):
                     run.gradient.zero_()
 
     def _take_gradients(self, anywhere: list[bool]) -> None:
+        if self._schedule is not None:
+            self._schedule.end_of_backward()
         self.optimizer.receive(anywhere.__getitem__)
         if self.sharder.overflowed and self._loss_scale is None:
             # A GradScaler looks at this rank's shards alone; every rank's must tell it.

@@ -13,6 +13,7 @@ from torch import nn
 
 from mpizero.engine import (
     FLAT,
+    SHARDED,
     Filling,
     GradientSharder,
     ParameterMemory,
@@ -25,6 +26,7 @@ from mpizero.engine import (
 )
 from mpizero_torch import tensors
 from mpizero_torch.shard_runs import Run, parameter_runs, slice_runs
+from mpizero_torch.units import Unit, WholeSpace
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 
@@ -64,12 +66,13 @@ class ShardedState:
         groups: Sequence[Sequence[int]],
         group: ShardGroup,
         sharding: Sharding,
-        units: Sequence[int],
+        units: Sequence[Unit],
+        unit_of: Sequence[int],
     ) -> None:
-        self.group, self.sharding = group, sharding
+        self.group, self.sharding, self.units = group, sharding, list(units)
         self.named = list(named)
         self.device = self.named[0][1].device
-        self._units = list(units)
+        self._units = list(unit_of)
         self.memory = ParameterMemory(group, sharding.how, self._allocate, self._private)
         self.spaces: list[OwnSpace] = []
         self.space_of: dict[int, OwnSpace] = {}
@@ -172,8 +175,16 @@ class ShardedState:
 
     def _place(self, parameter: nn.Parameter, index: int, own: OwnSpace) -> None:
         """Let the parameter lie in the memory for it."""
-        view = tensors.as_tensor(self.memory.view(own.number, index))
-        parameter.data = view
+        if self.sharding.how == SHARDED:
+            unit = self.units[self._units[index]]
+            if own.number not in (number for number, _ in unit.spaces):
+                dtype = self._dtype(parameter)
+                unit.spaces.append((own.number, WholeSpace(own.space.size, dtype, self.device)))
+            whole = dict(unit.spaces)[own.number]
+            parameter.data = whole.view(own.space.place(index), own.space.shape(index))
+            unit.members.append(index)
+        else:
+            parameter.data = tensors.as_tensor(self.memory.view(own.number, index))
         if parameter.grad is not None:
             parameter.grad = None
 

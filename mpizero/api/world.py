@@ -15,7 +15,7 @@ from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
-from mpizero.memory.node_shared import NodeMemory
+from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.progress import Handle, Worker, overlaps
 from mpizero.reduction import operation
 from mpizero.world import Device, Group
@@ -280,6 +280,17 @@ class World(Group):
         if self.local_size == 1:
             return np.zeros(count, dtype)
         return self._node_memory.allocate_common(count, dtype)
+
+    def counterparts(self, array: Any) -> list[Any] | None:
+        """All ranks' arrays in the place of ``array``, which ``allocate`` gave; by rank.
+
+        None where not all ranks share a node, or there was no room to share. Sends nothing: it is
+        the caller's business that what is read there has been written.
+        """
+        if self.node_count > 1:
+            return None
+        spot = self._node_memory.spot(array)
+        return None if spot == NOWHERE else self._node_memory.counterparts(array, spot)
 
     def submit(
         self,

@@ -10,12 +10,11 @@ sharded   every rank has its blocks only (stage 3): spaces are gathered when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.engine.buckets import Allocate
 from mpizero.engine.partition import Space
 from mpizero.engine.shard_group import ShardGroup
@@ -133,29 +132,37 @@ class ParameterMemory:
             send = self._group.publish if self._is_common[at] else self._group.gather
             send("updated parameters", self._flats[at], _places(self._spaces[at])).wait()
 
-    def gather(self, space: int, whole: Callable[[], Any]) -> Handle:
-        """Sharded: fill ``whole()``, memory for the space, with every rank's blocks."""
-        cut, flat, group = self._spaces[space], self._flats[space], self._group
-        places = [cut.shard_places(part) for part in range(group.parts)]
+    def gather(self, space: int, whole: Any) -> Handle | None:
+        """Sharded: fill ``whole``, memory for all of a space, with every rank's blocks.
 
-        def work(run: Dispatch, parts: Parts) -> None:
-            full = whole()
-            reachable = parts is not None and group.parts == len(parts)
-            for at, segment in enumerate(cut.segments):
-                for part in range(group.parts) if reachable else [group.part]:
-                    shard = parts[part] if parts is not None and reachable else flat
-                    full[segment.block(part)] = shard[places[part][at]]
-            if reachable:
-                run.barrier()
-            else:
-                group.gather_now(run, full, _places(cut))
-
-        return group.inner.submit("gathering parameters", work, (flat,))
+        Where this rank can address all shards it copies them, at once and by itself: None, they
+        are there, and ranks need not do the same. Else collective, and a handle to wait for.
+        """
+        cut, group = self._spaces[space], self._group
+        shards = self._reachable(space)
+        if shards is not None:
+            for part, shard in enumerate(shards):
+                for segment, place in zip(cut.segments, cut.shard_places(part), strict=True):
+                    whole[segment.block(part)] = shard[place]
+            return None
+        for segment, block in zip(cut.segments, self.blocks(space), strict=True):
+            whole[segment.block(group.part)] = block
+        return group.inner.submit(
+            "gathering parameters", lambda run, parts: group.gather_now(run, whole, _places(cut))
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of parameters that this rank addresses (common ones are its node's)."""
         return sum(int(flat.nbytes) for flat in self._flats)
+
+    def _reachable(self, space: int) -> list[Any] | None:
+        """All parts' shards of a space, if they lie in memory that this rank can address."""
+        if self._group.parts == 1:
+            return [self._flats[space]]
+        if self._group.parts != self._group.inner.size:
+            return None
+        return self._group.inner.counterparts(self._flats[space])
 
     def _stored_here(self, space: int) -> list[tuple[Any, slice]]:
         """The memory that this rank fills, with the elements of the space that belong there."""
