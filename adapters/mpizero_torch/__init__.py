@@ -16,6 +16,7 @@ from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, Wor
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.metrics import mean, sum
+from mpizero_torch.model_state import gathered
 from mpizero_torch.runtime import init
 from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
@@ -33,6 +34,7 @@ __all__ = [
     "World",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "gathered",
     "init",
     "mean",
     "shard",

@@ -121,7 +121,7 @@ def _own(
     """This rank's tensors by parameter, key and first element; and what is no tensor of size."""
     tensors: dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]] = {}
     others: dict[int, dict[str, Any]] = {}
-    if group.outer is not None and group.copies > 1 and group.outer.rank > 0:
+    if not group.is_holder:
         return tensors, others  # another rank holds the same
     for run in runs:
         for key, value in inner.state.get(run.parameter, {}).items():

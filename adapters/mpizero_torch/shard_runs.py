@@ -31,33 +31,65 @@ class Piece:
 
 @dataclass(eq=False)
 class Run:
-    """Memory that is updated as one: ``parameter``, its ``gradient``, and what lies in it."""
+    """Memory that is updated as one: ``parameter``, its ``gradient``, and what lies in it.
+
+    ``home``: the number of its space among those of the optimizer, of the segment (or the
+    parameter, if it is a whole one), and where it begins there.
+    """
 
     parameter: nn.Parameter
     gradient: torch.Tensor
     pieces: tuple[Piece, ...]
     group: int  # of the optimizer's groups
+    home: tuple[int, int, int]
+    has_gradient: bool = False  # since it was last forgotten
+
+    def receive(self) -> None:
+        """The gradient's memory holds a gradient now."""
+        self.has_gradient = True
+        if self.is_direct:
+            self.parameter.grad = self.gradient
+
+    def forget(self) -> None:
+        self.has_gradient = False
+        self.parameter.grad = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Can the optimizer use the gradient as it is? (Not a 16-bit one for float32 masters.)"""
+        return (
+            self.gradient.dtype == self.parameter.dtype
+            and self.gradient.device == self.parameter.device
+        )
 
 
 def slice_runs(
-    space: Space, group: int, part: int, values: Sequence[Any], gradients: Sequence[Any]
+    space: Space,
+    number: int,
+    group: int,
+    part: int,
+    values: Sequence[Any],
+    gradients: Sequence[Any],
 ) -> Iterable[Run]:
     """A run for each segment. ``values``, ``gradients``: the memory of the part's block of each.
 
-    ``group``: the optimizer's.
+    ``number``: of the space; ``group``: the optimizer's.
     """
-    for segment, block, gradient in zip(space.segments, values, gradients, strict=True):
+    for at, (segment, block, gradient) in enumerate(
+        zip(space.segments, values, gradients, strict=True)
+    ):
         if block.size == 0:
             continue
         own = segment.block(part)
         found = [(index, space.layout.overlap(str(index), own)) for index in segment.members]
         pieces = tuple(Piece(index, *overlap) for index, overlap in found if overlap is not None)
         parameter = nn.Parameter(tensors.as_tensor(block))
-        yield Run(parameter, tensors.as_tensor(gradient), pieces, group)
+        yield Run(parameter, tensors.as_tensor(gradient), pieces, group, (number, at, 0))
 
 
 def parameter_runs(
     space: Space,
+    number: int,
     group: int,
     part: int,
     values: Callable[[int], Any],
@@ -71,7 +103,7 @@ def parameter_runs(
             gradient = tensors.as_tensor(gradients(index)).view(shape)
             count = parameter.numel()
             whole = Piece(index, slice(0, count), slice(0, count))
-            yield Run(parameter, gradient, (whole,), group)
+            yield Run(parameter, gradient, (whole,), group, (number, index, 0))
 
 
 def split(runs: Sequence[Run], fate: Callable[[int], Hashable], state: dict[Any, Any]) -> list[Run]:
@@ -102,9 +134,11 @@ def _cut(run: Run, fates: Sequence[Hashable], state: dict[Any, Any]) -> list[Run
             Piece(p.index, p.elements, slice(p.place.start - start, p.place.stop - start))
             for p in pieces
         )
-        part = Run(parameter, run.gradient[start:stop], moved, run.group)
-        if run.parameter.grad is not None:
-            parameter.grad = part.gradient
+        number, segment, offset = run.home
+        home = number, segment, offset + start
+        part = Run(parameter, run.gradient[start:stop], moved, run.group, home)
+        if run.has_gradient:
+            part.receive()
         if before:
             state[parameter] = {
                 key: _part_of_state(value, count, start, stop) for key, value in before.items()

@@ -73,7 +73,8 @@ class Unit:
         """Begin to gather, if it is not there already."""
         if not self.is_there:
             self.is_there = True
-            handles = [memory.gather(number, whole.make()) for number, whole in self.spaces]
+            what = f"gathering the parameters of '{self.name or 'the module'}'"
+            handles = [memory.gather(number, whole.make(), what) for number, whole in self.spaces]
             self._pending = [handle for handle in handles if handle is not None]
 
     def wait(self) -> None:

@@ -80,6 +80,7 @@ def zero(
         model, sharded, groups, group, sharding,
         broadcast_buffers=broadcast_buffers,
         loss_scale=LossScale() if kind == torch.float16 else None,
+        aside=None,
     )  # fmt: skip
     return module, sharded
 

@@ -11,6 +11,7 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder
 from mpizero_torch import tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
+from mpizero_torch.sharded_gradient import ShardedGradient, values_of
 from mpizero_torch.units import UnitSchedule
 
 _Target = tuple[int, slice | None, torch.Tensor]
@@ -44,6 +45,7 @@ class ShardHooks(BackwardHooks):
         self._hold, self._held = hold, dict[int, torch.Tensor]()
         self._on_reduced, self._before_pass = on_reduced, before_pass
         self._schedule = schedule
+        self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         # Gradients on their way, and how many of their segments they have yet to be put into.
         self._leaving: dict[int, list[Any]] = {}
@@ -62,7 +64,7 @@ class ShardHooks(BackwardHooks):
     @property
     def has_unreduced(self) -> bool:
         """Are there gradients that stayed on this rank?"""
-        return bool(self._held) or any(p.grad is not None for p in self._all)
+        return bool(self._held) or any(values_of(p) is not None for p in self._all)
 
     @property
     def held_bytes(self) -> int:
@@ -72,6 +74,7 @@ class ShardHooks(BackwardHooks):
         if not self._in_backward:
             self._before_pass()
             self._came.clear()
+            self._clear_stand_ins()
         super()._begin()
 
     def shadow(self) -> bool:
@@ -116,13 +119,22 @@ class ShardHooks(BackwardHooks):
 
     def _has_gradient(self) -> list[bool]:
         return [
-            index in self._came or index in self._held or parameter.grad is not None
+            index in self._came or index in self._held or values_of(parameter) is not None
             for index, parameter in enumerate(self._all)
         ]
 
     def _take_over(self, anywhere: list[bool]) -> None:
         self._held.clear()
         self._on_reduced(anywhere)
+        for index, parameter in enumerate(self._all):
+            if anywhere[index]:
+                parameter.grad = self._stand_ins[index]
+
+    def _clear_stand_ins(self) -> None:
+        """Autograd is about to add gradients to what is there."""
+        for parameter in self._all:
+            if type(parameter.grad) is ShardedGradient:
+                parameter.grad = None
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
         """Copy the gradients of a segment's parameters to it, all in one call.
@@ -149,7 +161,7 @@ class ShardHooks(BackwardHooks):
         """This rank's gradient, taken from ``.grad``: what comes later is another one."""
         if index not in self._leaving:
             parameter = self._all[index]
-            held, gradient = self._held.pop(index, None), parameter.grad
+            held, gradient = self._held.pop(index, None), values_of(parameter)
             if gradient is not None:
                 check_dense(gradient, self._names[index])
                 parameter.grad = None

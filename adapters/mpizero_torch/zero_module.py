@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from mpizero import ArgumentError
 from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
 from mpizero_torch import batch_weight
 from mpizero_torch.loss_scale import LossScale
+from mpizero_torch.model_state import load_whole, whole_state_dict
 from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
 from mpizero_torch.zero_hooks import ShardHooks
@@ -40,13 +43,14 @@ class ShardedModule(DistributedModule):
         *,
         broadcast_buffers: bool,
         loss_scale: LossScale | None,
+        aside: StateOnDisk | None,
     ) -> None:
         super().__init__(module, group.world)
         self._named = list(module.named_parameters())
         buffers = [buffer for _, buffer in module.named_buffers()]
         broadcast_tensors([p for _, p in self._named] + buffers, self.world, root=0)
         self._optimizer, self._sharding = [optimizer], sharding
-        self._loss_scale = loss_scale
+        self._loss_scale, self._aside = loss_scale, aside
         self._units, unit_of = self._find_units()
         self._state = ShardedState(self._named, groups, group, sharding, self._units, unit_of)
         self._schedule: UnitSchedule | None = None
@@ -57,6 +61,7 @@ class ShardedModule(DistributedModule):
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
         self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
         self._versions = self._current_versions()
+        self._changes_when_summed: list[int] = []
         self._watch_parameters()
 
     @property
@@ -84,6 +89,60 @@ class ShardedModule(DistributedModule):
         """Forget the gradients, as the optimizer's does."""
         self.optimizer.zero_grad(set_to_none)
 
+    def state_dict(self, *args: Any, root: int | None = None, **kwargs: Any) -> Any:
+        """The plain module's state_dict, with whole parameters. Collective.
+
+        On every rank, or on ``root`` only ({} elsewhere). With ``precision``, the float32 values
+        that are trained. Takes memory for the result only, and for a piece of a parameter.
+        """
+        return whole_state_dict(self.module, self._state, root, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a plain module's state_dict; every rank must be given it. Collective."""
+        return load_whole(self, state_dict, *args, **kwargs)
+
+    def hold_parameters(self) -> None:
+        """Let all parameters be there until they are let go."""
+        if self._schedule is not None:
+            self._schedule.hold_all()
+
+    def let_parameters_go(self) -> None:
+        if self._schedule is not None:
+            self._schedule.release_all()
+        self._versions = self._current_versions()
+
+    def own_gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the mean gradients."""
+        return [run.gradient for run in self.optimizer.runs if run.has_gradient]
+
+    def own_squares(self) -> float:
+        """The sum of their squares: known since they were summed, unless they changed since."""
+        gradients = self.own_gradients()
+        if _changes(gradients) == self._changes_when_summed:
+            return self.sharder.own_squares
+        return sum(float(each.double().pow(2).sum()) for each in gradients)
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """All of the mean gradient of a parameter, on every rank; None if it has none. Collective.
+
+        To look at: it is a copy. Raises ArgumentError for a name that there is not.
+        """
+        names = [each for each, _ in self._named]
+        if name not in names:
+            raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
+        index = names.index(name)
+        whole = torch.zeros(self._named[index][1].shape, device=self._state.device)
+        has = 0
+        for run in self.optimizer.runs:
+            for piece in run.pieces:
+                if piece.index == index and run.has_gradient:
+                    has = 1
+                    if self._state.group.is_holder:
+                        part = run.gradient.reshape(-1)[piece.place]
+                        whole.view(-1)[piece.elements] = part.to(whole)
+        self.world.allreduce(whole)
+        return whole if self.world.allreduce(has, "max") else None
+
     def before_update(self) -> None:
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
         if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
@@ -99,6 +158,47 @@ class ShardedModule(DistributedModule):
     def after_update(self) -> None:
         """This rank's shards have been updated: publish them. Collective."""
         self._state.memory.publish()
+
+    @property
+    def keeps_state_aside(self) -> bool:
+        """Is the optimizer's state kept outside of memory?"""
+        return self._aside is not None
+
+    def put_state_aside(self, state: dict[str, Any]) -> None:
+        """Let a run's state, in place, be where it is kept."""
+        if self._aside is not None:
+            self._aside.take(state)
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Train further parameters of the model, with these settings (see the optimizer)."""
+        names = {id(parameter): at for at, (_, parameter) in enumerate(self._named)}
+        members: list[int] = []
+        for parameter in group["params"]:
+            index = names.get(id(parameter))
+            if index is None or self._state.space_of[index].group >= 0:
+                raise ArgumentError(
+                    "add_param_group()", "params", f"a parameter of shape {tuple(parameter.shape)}",
+                    "parameters of the model that are in no group of the optimizer",
+                )  # fmt: skip
+            members.append(index)
+        self.world.agree([str(members)], "the parameters of the new group")
+        optimizer = self.optimizer
+        with self._whole_parameters():
+            added = self._state.add(len(optimizer.param_groups), members)
+        self._hooks.remove()
+        self._hooks = self._make_hooks()
+        self._state.rebase(optimizer.runs, self.sharder)
+        optimizer.adopt(self._state.make_runs(self.sharder, added), group, members)
+        self._were_trainable = []
+        self._watch_parameters()
+
+    @contextmanager
+    def _whole_parameters(self) -> Iterator[None]:
+        self.hold_parameters()
+        try:
+            yield
+        finally:
+            self.let_parameters_go()
 
     def forget_unreduced(self) -> None:
         """Drop the gradients that are still on this rank."""
@@ -156,7 +256,7 @@ class ShardedModule(DistributedModule):
         sharder.keeps = optimizer.holds_gradients
         if sharder.keeps:
             for run in optimizer.runs:
-                if run.parameter.grad is None:
+                if not run.has_gradient:
                     run.gradient.zero_()
 
     def _take_gradients(self, anywhere: list[bool]) -> None:
@@ -165,9 +265,9 @@ class ShardedModule(DistributedModule):
         self.optimizer.receive(anywhere.__getitem__)
         if self.sharder.overflowed and self._loss_scale is None:
             # A GradScaler looks at this rank's shards alone; every rank's must tell it.
-            for run in self.optimizer.runs:
-                if run.parameter.grad is not None:
-                    run.gradient.view(-1)[:1] = torch.inf
+            for gradient in self.own_gradients():
+                gradient.view(-1)[:1] = torch.inf
+        self._changes_when_summed = _changes(self.own_gradients())
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -203,3 +303,8 @@ class ShardedModule(DistributedModule):
                 "Initialise before mz.zero(), write inside `with mz.gathered(model):`, or give "
                 "every rank a copy with share_parameters=False.",
             )  # fmt: skip
+
+
+def _changes(gradients: Sequence[torch.Tensor]) -> list[int]:
+    """How often torch has written to each."""
+    return [gradient._version for gradient in gradients]

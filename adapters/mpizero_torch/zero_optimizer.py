@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +57,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._module.before_update()
         if self._module.should_update():
-            self._inner.step()
+            if self._at_once:
+                self._inner.step()
+            else:
+                self._step_by_run()
         self._module.after_update()
         return loss
 
@@ -65,11 +68,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget the gradients, of the shards and those still on this rank."""
         self._module.forget_unreduced()
         for run in self._runs:
-            if run.parameter.grad is None:
-                continue
             if set_to_none:
-                run.parameter.grad = None
-            else:
+                run.forget()
+            elif run.has_gradient:
                 run.gradient.zero_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,13 +101,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         self._regroup()
 
-    def adopt(self, runs: Iterable[Run], group: dict[str, Any], members: Sequence[int]) -> None:
+    def adopt(self, runs: Sequence[Run], group: dict[str, Any], members: Sequence[int]) -> None:
         """A further group, whose parameters are these runs'."""
-        self._runs += list(runs)
+        self._runs = [*self._runs, *runs]
         self._members.append(list(members))
-        fresh = [run.parameter for run in self._runs if run.group == len(self._members) - 1]
-        placeholder = fresh or [nn.Parameter(torch.empty(0))]
-        self._inner.add_param_group({**group, "params": placeholder})
+        # An optimizer refuses a group without parameters, which a rank may have.
+        placeholder = [nn.Parameter(torch.empty(0))]
+        own = [run.parameter for run in runs] or placeholder
+        self._inner.add_param_group({**group, "params": own})
         self._regroup()
 
     def receive(self, has_gradient: Callable[[int], bool]) -> None:
@@ -115,24 +117,39 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ``has_gradient(index)``: has any rank one for this parameter, from this pass?
         """
 
-        waiting = [run for run in self._runs if run.parameter.grad is None]
+        waiting = [run for run in self._runs if not run.has_gradient]
         runs = split(waiting, has_gradient, self.state)
         if len(runs) > len(waiting):
-            self._runs = [run for run in self._runs if run.parameter.grad is not None] + runs
+            self._runs = [run for run in self._runs if run.has_gradient] + runs
             self._regroup()
-        for run in self._runs:
+        for run in runs:
             # Padding alone is updated with the rest, so that every rank has something to update.
-            if run.parameter.grad is None and (not run.pieces or has_gradient(run.pieces[0].index)):
-                run.parameter.grad = run.gradient
+            if not run.pieces or has_gradient(run.pieces[0].index):
+                run.receive()
 
     @property
     def holds_gradients(self) -> bool:
         """Are there gradients in the shards, to which the next ones are added?"""
-        return any(run.parameter.grad is not None for run in self._runs)
+        return any(run.has_gradient for run in self._runs)
 
     @property
     def runs(self) -> Sequence[Run]:
         return self._runs
+
+    @property
+    def _at_once(self) -> bool:
+        return all(run.is_direct for run in self._runs) and not self._module.keeps_state_aside
+
+    def _step_by_run(self) -> None:
+        """One run after the other, so that what it needs beside the shards is one run's."""
+        for run in self._runs:
+            run.parameter.grad = None
+        for run in self._runs:
+            if run.has_gradient:
+                run.parameter.grad = run.gradient.to(run.parameter)
+                self._inner.step()
+                run.parameter.grad = run.gradient if run.is_direct else None
+                self._module.put_state_aside(self.state.get(run.parameter, {}))
 
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):

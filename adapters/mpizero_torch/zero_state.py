@@ -93,7 +93,7 @@ class ShardedState:
 
     def make_sharder(self, fill: Fill, unscale: Callable[[], float]) -> GradientSharder:
         """Memory for the gradients of the parameters in groups, and their reduction."""
-        trained = [own for own in self.spaces if own.group != FROZEN]
+        trained = self._trained
         return GradientSharder(
             self.group,
             self.specs(),
@@ -106,19 +106,22 @@ class ShardedState:
             unscale=unscale,
         )
 
-    def make_runs(self, sharder: GradientSharder) -> list[Run]:
-        """This rank's shards as a torch optimizer is to see them."""
-        trained = [own for own in self.spaces if own.group != FROZEN]
+    def make_runs(
+        self, sharder: GradientSharder, only: Sequence[OwnSpace] | None = None
+    ) -> list[Run]:
+        """This rank's shards, of all spaces or some, as a torch optimizer is to see them."""
         runs: list[Run] = []
         part, memory = self.group.part, self.memory
-        for at, own in enumerate(trained):
+        for at, own in enumerate(self._trained):
+            if only is not None and own not in only:
+                continue
             if self.sharding.partition == FLAT:
-                runs += slice_runs(
-                    own.space, own.group, part, memory.updated(own.number), sharder.shard(at)
-                )
+                values, gradients = memory.updated(own.number), sharder.shard(at)
+                runs += slice_runs(own.space, at, own.group, part, values, gradients)
             else:
                 runs += parameter_runs(
                     own.space,
+                    at,
                     own.group,
                     part,
                     partial(memory.updated_parameter, own.number),
@@ -126,10 +129,27 @@ class ShardedState:
                 )
         return runs
 
+    def rebase(self, runs: Sequence[Run], sharder: GradientSharder) -> None:
+        """Let the runs' gradients, with what they hold, lie in another sharder's memory."""
+        for run in runs:
+            number, at, start = run.home
+            if self.sharding.partition == FLAT:
+                memory = sharder.shard(number)[at][start : start + run.gradient.numel()]
+            else:
+                memory = sharder.shard_of_parameter(number, at)
+            gradient = tensors.as_tensor(memory).view(run.gradient.shape)
+            gradient.copy_(run.gradient)
+            run.gradient = gradient
+            if run.has_gradient:
+                run.receive()
+
+    @property
+    def _trained(self) -> list[OwnSpace]:
+        return [own for own in self.spaces if own.group != FROZEN]
+
     def gradient_view(self, sharder: GradientSharder, index: int) -> torch.Tensor:
         """Stage 1: the memory for all of a parameter's gradient."""
-        trained = [own for own in self.spaces if own.group != FROZEN]
-        return tensors.as_tensor(sharder.view(index, trained.index(self.space_of[index])))
+        return tensors.as_tensor(sharder.view(index, self._trained.index(self.space_of[index])))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -150,6 +170,16 @@ class ShardedState:
         else:
             flat = flat.to(self._dtype(self.named[index][1]))
         self.memory.store(own.number, index, tensors.as_array(flat))
+
+    def is_scattered(self, index: int) -> bool:
+        """Is there no whole parameter on this rank that is the one being trained?"""
+        own = self.space_of[index]
+        return self.sharding.how == SHARDED or self.memory.masters[own.number] is not None
+
+    def collect(self, index: int, root: int | None) -> torch.Tensor | None:
+        """A parameter as it is trained, whole, on every rank or on ``root``. Collective."""
+        found = self.memory.collect(self.space_of[index].number, index, root)
+        return None if found is None else tensors.as_tensor(found).view(self.shapes[index])
 
     def _add_space(self, group: int, members: list[int]) -> OwnSpace:
         parts, segment_bytes = self.group.parts, self.sharding.segment_bytes
@@ -182,7 +212,8 @@ class ShardedState:
                 unit.spaces.append((own.number, WholeSpace(own.space.size, dtype, self.device)))
             whole = dict(unit.spaces)[own.number]
             parameter.data = whole.view(own.space.place(index), own.space.shape(index))
-            unit.members.append(index)
+            if index not in unit.members:
+                unit.members.append(index)
         else:
             parameter.data = tensors.as_tensor(self.memory.view(own.number, index))
         if parameter.grad is not None:

@@ -298,16 +298,18 @@ class World(Group):
         work: Callable[[Dispatch, Parts], Any],
         arrays: Sequence[Any] = (),
         stream: int | None = None,
+        *,
+        sure: bool = True,
     ) -> Handle:
         """Queue ``work`` behind the asynchronous operations: for the engine.
 
-        The caller has agreed with the other ranks on the order and form of what it submits, so
-        ``what`` it is gets compared only where that costs nothing.
+        The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
+        it submits; ``what`` it is then gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
         ``stream`` that fills them, or CuPy's current one.
         """
         call = Call(what, work, arrays, stream)
-        handle: Handle = self._caller.start(call, True, sure=True)
+        handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 
     def agree(self, items: Sequence[str], what: str) -> None:

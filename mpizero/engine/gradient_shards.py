@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 _BUFFERS = 2
 
 # What the ranks tell each other when a pass ends, before the parameters' flags.
-_SQUARES, _OVERFLOWS, _LATE = range(3)
-_FLAGS = 3
+_OVERFLOWS, _LATE = range(2)
+_FLAGS = 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,6 @@ class GradientSharder(ReducedPasses):
         self.keeps = False  # are there gradients in the shards, to which the next pass adds?
         self._kept: list[Any] = []
         self._squares = [0.0] * len(self._segments)
-        self.square_sum = 0.0  # of all ranks' shards, after a pass: the squared global norm
         self.overflowed = False  # is a gradient of any rank not finite?
 
     @property
@@ -127,6 +126,15 @@ class GradientSharder(ReducedPasses):
         """Leave out the segments in which no parameter is trained. The same on all ranks."""
         for piece in self._segments:
             piece.trained = sum(trained[index] for index in piece.members)
+
+    @property
+    def own_squares(self) -> float:
+        """The sum of squares of this rank's shards."""
+        return sum(
+            squares
+            for piece, squares in zip(self._segments, self._squares, strict=True)
+            if piece.trained
+        )
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -213,19 +221,13 @@ class GradientSharder(ReducedPasses):
             self._late_anywhere = [bool(flag) for flag in flags[1]]
             return None
         self.overflowed = bool(found[_OVERFLOWS])
-        self.square_sum = inf if self.overflowed else float(found[_SQUARES]) / self._group.copies
         self._kept = []
         return [bool(flag) for flag in flags[0]]
 
     def _close_together(self, has_gradient: Sequence[bool]) -> Any:
-        mine = sum(
-            squares
-            for piece, squares in zip(self._segments, self._squares, strict=True)
-            if piece.trained
-        )
+        mine = self.own_squares
         overflow = not isfinite(mine)
         closing = np.zeros(_FLAGS + 2 * len(self._specs))
-        closing[_SQUARES] = 0.0 if overflow else mine
         closing[_OVERFLOWS] = overflow
         closing[_LATE] = any(self._late)
         closing[_FLAGS:] = [*has_gradient, *self._late]

@@ -18,6 +18,7 @@ import numpy as np
 from mpizero.engine.buckets import Allocate
 from mpizero.engine.partition import Space
 from mpizero.engine.shard_group import ShardGroup
+from mpizero.memory.arrays import empty_like
 from mpizero.memory.dtypes import is_half
 from mpizero.progress import Handle
 from mpizero.reduction.half import narrow, widen
@@ -132,8 +133,39 @@ class ParameterMemory:
             send = self._group.publish if self._is_common[at] else self._group.gather
             send("updated parameters", self._flats[at], _places(self._spaces[at])).wait()
 
-    def gather(self, space: int, whole: Any) -> Handle | None:
+    def collect(self, space: int, index: int, root: int | None = None) -> Any:
+        """A parameter (1-D, whole) as the optimizer keeps it: float32 where there are masters.
+
+        On every rank, or on ``root`` only (None elsewhere). Collective over the world; travels
+        block by block.
+        """
+        cut, world = self._spaces[space], self._group.world
+        memory = self.updated(space)
+        whole = None
+        for at, segment in enumerate(cut.segments):
+            for part in range(self._group.parts) if index in segment.members else ():
+                found = cut.layout.overlap(str(index), segment.block(part))
+                if found is None:
+                    continue
+                elements, place = found
+                holder = self._group.holders[part]
+                if world.rank == holder:
+                    piece = memory[at][place].copy()
+                else:
+                    piece = empty_like(memory[at], (elements.stop - elements.start,))
+                world.broadcast(piece, holder)
+                if root is None or root == world.rank:
+                    if whole is None:
+                        whole = empty_like(piece, (cut.layout.entries[str(index)].count,))
+                    whole[elements] = piece
+        if whole is None and root in (None, world.rank):
+            whole = empty_like(self._flats[space], (0,))
+        return whole
+
+    def gather(self, space: int, whole: Any, what: str) -> Handle | None:
         """Sharded: fill ``whole``, memory for all of a space, with every rank's blocks.
+
+        ``what`` is told to the other ranks, and to the user if they do something else.
 
         Where this rank can address all shards it copies them, at once and by itself: None, they
         are there, and ranks need not do the same. Else collective, and a handle to wait for.
@@ -148,7 +180,9 @@ class ParameterMemory:
         for segment, block in zip(cut.segments, self.blocks(space), strict=True):
             whole[segment.block(group.part)] = block
         return group.inner.submit(
-            "gathering parameters", lambda run, parts: group.gather_now(run, whole, _places(cut))
+            what,
+            lambda run, parts: group.gather_now(run, whole, _places(cut), what=what, sure=False),
+            sure=False,
         )
 
     @property

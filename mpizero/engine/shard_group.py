@@ -61,6 +61,14 @@ class ShardGroup:
         self.copies = world.size // self.parts
         at = self.outer.rank if self.outer is not None and self._splits else 0
         self.part = self.inner.rank * self._across + at
+        # The rank that speaks for each part: the first that holds it.
+        parts = world.gather_objects(self.part)
+        self.holders = [parts.index(part) for part in range(self.parts)]
+
+    @property
+    def is_holder(self) -> bool:
+        """Does this rank speak for its part (others may hold copies of it)?"""
+        return self.holders[self.part] == self.world.rank
 
     @property
     def one_memory(self) -> bool:
@@ -121,10 +129,16 @@ class ShardGroup:
         flat: Any,
         segments: Sequence[tuple[slice, Sequence[slice]]],
         parts: Parts = None,
+        *,
+        what: str = "a region",
+        sure: bool = True,
     ) -> None:
-        """``gather`` as a part of other work of the inside ranks."""
+        """``gather`` as a part of other work of the inside ranks.
+
+        Not ``sure``: other ranks may be doing something else, and shall hear of it.
+        """
         for place, blocks in segments:
-            self._gather_across("a region", flat[place], blocks)
+            self._gather_across(what, flat[place], blocks, sure)
         if self.outer is not None:
             run.barrier()  # the others read this rank's region, now complete
         for place, blocks in segments:
@@ -143,12 +157,17 @@ class ShardGroup:
 
         return self.inner.submit(what, work)
 
-    def _gather_across(self, what: str, segment: Any, blocks: Sequence[slice]) -> None:
+    def _gather_across(
+        self, what: str, segment: Any, blocks: Sequence[slice], sure: bool = True
+    ) -> None:
         if self.outer is None or not self._splits:
             return
         region, within = segment[self.own_region(blocks)], self._within_region(blocks)
         self.outer.submit(
-            what, lambda run, parts: run.gather_blocks(region, within, parts), (region,)
+            what,
+            lambda run, parts: run.gather_blocks(region, within, parts),
+            (region,),
+            sure=sure,
         ).wait()
 
     def regions(self, blocks: Sequence[slice]) -> list[slice]:

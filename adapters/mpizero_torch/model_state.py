@@ -1,0 +1,84 @@
+"""A sharded model's parameters as a whole: its state_dict, and looking at or changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpizero import ArgumentError
+from mpizero.engine import COMMON
+from mpizero_torch.replicate import broadcast_tensors
+from mpizero_torch.wrapper import DistributedModule
+from mpizero_torch.zero_state import ShardedState
+
+
+def whole_state_dict(
+    module: nn.Module, state: ShardedState, root: int | None, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """The module's state_dict with whole parameters, on every rank or on ``root``. Collective.
+
+    Parameters that have float32 masters are given as these are. Where ranks hold all of a
+    parameter, and train it as it is, it is the very one, as torch has it.
+    """
+    world = state.group.world
+    if not 0 <= (root or 0) < world.size:
+        raise ArgumentError("state_dict()", "root", str(root), f"0 to {world.size - 1}, or None")
+    found: dict[str, Any] = module.state_dict(*args, **kwargs, keep_vars=True)
+    number = {id(parameter): index for index, (_, parameter) in enumerate(state.named)}
+    collected: dict[int, Any] = {}  # tied parameters have several names
+    wanted = root is None or root == world.rank
+    for name, value in list(found.items()):
+        index = number.get(id(value))
+        if index is not None and state.is_scattered(index):
+            if index not in collected:
+                collected[index] = state.collect(index, root)
+            found[name] = collected[index]
+        elif isinstance(value, torch.Tensor):
+            found[name] = value.detach()
+    return found if wanted else {}
+
+
+@contextmanager
+def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
+    """All of a model's parameters, whole, to look at or to change. Collective.
+
+    In ``with mz.gathered(model) as inner:`` the plain module has all its values on every rank. What
+    is written is lost, or, with ``modify``, becomes the model's: rank 0's writes hold, for all
+    ranks. Takes memory for the whole model on each rank, unless it only looks at what is there. For
+    models that are not sharded it does nothing but give the plain module.
+    """
+    state = getattr(model, "state", None)
+    if not isinstance(model, DistributedModule) or not isinstance(state, ShardedState):
+        yield model.module if isinstance(model, DistributedModule) else model
+        return
+    model.hold_parameters()
+    parameters = [parameter for _, parameter in state.named]
+    homes = [parameter.data for parameter in parameters]
+    if modify and state.sharding.how == COMMON:
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+        state.memory.settle()
+    try:
+        yield model.module
+        if modify:
+            broadcast_tensors(parameters, state.group.world, root=0)
+            for index, parameter in enumerate(parameters):
+                state.store(index, parameter)
+    finally:
+        for parameter, home in zip(parameters, homes, strict=True):
+            parameter.data = home
+        model.let_parameters_go()
+    state.memory.settle()
+
+
+def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a plain module's state_dict, which every rank must be given (rank 0's holds)."""
+    with gathered(model, modify=True) as inner:
+        result = inner.load_state_dict(state_dict, *args, **kwargs)
+        buffers = [buffer for _, buffer in inner.named_buffers()]
+    broadcast_tensors(buffers, model.world, root=0)
+    return result
