@@ -15,6 +15,7 @@ from __future__ import annotations
 from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, World
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.deferred import deferred
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.model_state import gathered
 from mpizero_torch.runtime import init
@@ -34,6 +35,7 @@ __all__ = [
     "World",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "deferred",
     "gathered",
     "init",
     "mean",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.element_wise import choose_partition
 from mpizero_torch.loss_scale import LossScale
 from mpizero_torch.runtime import init
+from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.wrapper import DistributedModule
 from mpizero_torch.zero_module import ShardedModule
-from mpizero_torch.zero_optimizer import ShardedOptimizer, check_optimizer
+from mpizero_torch.zero_optimizer import ShardedOptimizer
 from mpizero_torch.zero_state import Sharding
 
-SEGMENT_BYTES = 32 << 20
+SEGMENT_MB = 32.0
 
 _PRECISIONS = {
     None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -37,52 +40,129 @@ def zero(
     precision: str | torch.dtype | None = None,
     accumulate_in_float32: bool = False,
     shard_group: str | int = "world",
-    segment_mb: float = SEGMENT_BYTES / 2**20,
+    offload: str | None = None,
+    offload_dir: str | Path | None = None,
+    initialise: Callable[[nn.Module], None] | None = None,
+    segment_mb: float = SEGMENT_MB,
     broadcast_buffers: bool = True,
 ) -> tuple[Any, Any]:
     """Shard the training of ``model`` with ``optimizer`` over the ranks (arXiv 1910.02054).
 
-    Returns both, to be used as before. Parameters and buffers start as rank 0's.
+    Returns (model, optimizer), to be used in the same loop as before. Parameters and buffers start
+    as rank 0's. With one step of n ranks, each on its own batch, the model learns what one process
+    learns from all batches together. Collective.
+
+    Parameters
+    ----------
+    model : any module, its parameters on one device, this rank's.
+    optimizer : any built optimizer of the model's parameters, with or without state. Parameters in
+        none of its groups are not trained.
+    stage : what each of n ranks keeps only an n-th of: 1 the optimizer's state, 2 the gradients
+        too, 3 the parameters too. 0: nothing (``DistributedDataParallel``).
+    world : the ranks; ``mz.init()``'s by default.
+    partition : "flat" cuts wherever it falls, for optimizers that treat every element on its own;
+        "parameter" gives each rank whole parameters, for those that look at one parameter at a
+        time. "auto" knows torch's optimizers; for others say which.
+    share_parameters : have the ranks of a node keep one copy of the parameters between them, in
+        node-shared memory. By default on CPUs, for all stages. Then only the optimizer may write
+        to them; ``mz.gathered(model, modify=True)`` is for everything else.
+    precision : "bf16" or "fp16": parameters and gradients in 16 bits, float32 copies of them and
+        the optimizer's state sharded. The module's inputs are converted, outputs made float32 again;
+        "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks.
+    accumulate_in_float32 : with 16-bit parameters, add gradients up in float32.
+    shard_group : "world"; "node" or a number k to keep a whole state in each node, or in every k
+        ranks, and copies of it in the others (hierarchical sharding).
+    offload : "cpu" (for GPUs) or "disk": where the optimizer's state and float32 copies are kept.
+    offload_dir : for "disk", the folder of its files.
+    initialise : for models made in ``mz.deferred()``: called with each module of parameters.
+    segment_mb : gradients are reduced, and parameters gathered, in pieces of this many MiB.
+    broadcast_buffers : keep buffers (BatchNorm's statistics) as rank 0's.
+
+    Raises ArgumentError and MismatchError for what cannot be right, before anything is changed.
     """
     world = world if world is not None else init()
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
-    if stage == 0:
-        return DistributedDataParallel(
-            model, world=world, broadcast_buffers=broadcast_buffers
-        ), optimizer
     if isinstance(model, DistributedModule):
         raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
     if precision not in _PRECISIONS:
         raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
+    if offload not in (None, "cpu", "disk"):
+        raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
+    if stage == 0:
+        _refuse_for_replicas(precision, offload, shard_group)
+        return DistributedDataParallel(
+            model, world=world, broadcast_buffers=broadcast_buffers
+        ), optimizer
     named = list(model.named_parameters())
+    groups = _group_numbers(optimizer, named)
+    partition = choose_partition(optimizer, partition)
+    _agree(world, named, list(model.named_buffers()), groups, partition, stage)
+    group = ShardGroup(world, shard_group)
+    sharding = Sharding(
+        stage,
+        partition,
+        _where(group, stage, share_parameters),
+        max(64, int(segment_mb * 2**20)),
+        _PRECISIONS[precision],
+        accumulate_in_float32,
+    )
+    before = optimizer.state_dict() if optimizer.state else None
+    sharded = ShardedOptimizer(optimizer)
+    module = ShardedModule(
+        model,
+        sharded,
+        groups,
+        group,
+        sharding,
+        broadcast_buffers=broadcast_buffers,
+        loss_scale=LossScale() if sharding.precision == torch.float16 else None,
+        aside=StateOnDisk(offload_dir) if offload == "disk" else None,
+        initialise=initialise,
+    )
+    if before is not None:
+        sharded.load_state_dict(before)
+    return module, sharded
+
+
+def _group_numbers(optimizer: Any, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[int]]:
+    """The numbers of each group's parameters. Raises ArgumentError for other things."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(
+            "zero()", "optimizer", f"a {type(optimizer).__qualname__}", "a torch.optim.Optimizer"
+        )
+    if isinstance(optimizer, ShardedOptimizer):
+        raise ArgumentError("zero()", "optimizer", "one that is sharded already", "a plain one")
     number = {id(parameter): at for at, (_, parameter) in enumerate(named)}
-    check_optimizer(optimizer, {id(parameter): name for name, parameter in named})
-    groups = [[number[id(p)] for p in g["params"]] for g in optimizer.param_groups]
-    buffers = list(model.named_buffers())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in number:
+                raise ArgumentError(
+                    "zero()", "optimizer",
+                    f"one with a parameter of shape {tuple(parameter.shape)} that is not the "
+                    "model's", "an optimizer of the model's own parameters",
+                    "Build it with model.parameters(), of the model that is given here.",
+                )  # fmt: skip
+    return [[number[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _agree(
+    world: World,
+    named: Sequence[tuple[str, torch.Tensor]],
+    buffers: Sequence[tuple[str, torch.Tensor]],
+    groups: Sequence[Sequence[int]],
+    partition: str,
+    stage: int,
+) -> None:
+    """All ranks must be about to shard the same."""
     world.agree(
         [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in [*named, *buffers]],
         "parameters and buffers",
     )
-    world.agree([str(each) for each in groups], "the parameters of the optimizer's groups")
-    group = ShardGroup(world, shard_group)
-    kind = _PRECISIONS[precision]
-    sharding = Sharding(
-        stage,
-        choose_partition(optimizer, partition),
-        _where(group, stage, share_parameters),
-        int(segment_mb * 2**20),
-        kind,
-        accumulate_in_float32,
+    world.agree(
+        [f"stage {stage}, partition {partition}", *map(str, groups)],
+        "the stage and the parameters of the optimizer's groups",
     )
-    sharded = ShardedOptimizer(optimizer)
-    module = ShardedModule(
-        model, sharded, groups, group, sharding,
-        broadcast_buffers=broadcast_buffers,
-        loss_scale=LossScale() if kind == torch.float16 else None,
-        aside=None,
-    )  # fmt: skip
-    return module, sharded
 
 
 def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
@@ -96,3 +176,14 @@ def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
     if share:
         return COMMON
     return SHARDED if stage == 3 else WHOLE
+
+
+def _refuse_for_replicas(*given: Any) -> None:
+    precision, offload, shard_group = given
+    for name, value, plain in (
+        ("precision", precision, (None, "fp32", torch.float32)),
+        ("offload", offload, (None,)),
+        ("shard_group", shard_group, ("world",)),
+    ):
+        if value not in plain:
+            raise ArgumentError("zero()", name, repr(value), f"{plain[0]!r} for stage 0")

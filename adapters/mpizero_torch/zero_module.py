@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map
 from mpizero import ArgumentError
 from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
 from mpizero_torch import batch_weight
+from mpizero_torch.deferred import Initialise, Initialiser
 from mpizero_torch.loss_scale import LossScale
 from mpizero_torch.model_state import load_whole, whole_state_dict
-from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.replicate import Buffers
 from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
@@ -44,15 +45,17 @@ class ShardedModule(DistributedModule):
         broadcast_buffers: bool,
         loss_scale: LossScale | None,
         aside: StateOnDisk | None,
+        initialise: Initialise | None,
     ) -> None:
         super().__init__(module, group.world)
         self._named = list(module.named_parameters())
-        buffers = [buffer for _, buffer in module.named_buffers()]
-        broadcast_tensors([p for _, p in self._named] + buffers, self.world, root=0)
+        initialiser = Initialiser(module, [p for _, p in self._named], self.world, initialise)
         self._optimizer, self._sharding = [optimizer], sharding
         self._loss_scale, self._aside = loss_scale, aside
         self._units, unit_of = self._find_units()
-        self._state = ShardedState(self._named, groups, group, sharding, self._units, unit_of)
+        self._state = ShardedState(
+            self._named, groups, group, sharding, self._units, unit_of, initialiser.prepare, aside
+        )
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]

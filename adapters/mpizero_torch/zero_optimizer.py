@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, MpizeroError
+from mpizero import MpizeroError
 from mpizero_torch.optimizer_state import consolidate, distribute
 from mpizero_torch.shard_runs import Run, split
 
@@ -154,25 +154,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):
             group["params"] = [run.parameter for run in self._runs if run.group == number]
-
-
-def check_optimizer(optimizer: Any, named: dict[int, str]) -> None:
-    """Raise ArgumentError unless it is an optimizer of the model's parameters only."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(
-            "zero()", "optimizer", f"a {type(optimizer).__qualname__}", "a torch.optim.Optimizer"
-        )
-    if isinstance(optimizer, ShardedOptimizer):
-        raise ArgumentError("zero()", "optimizer", "one that is sharded already", "a plain one")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in named:
-                raise ArgumentError(
-                    "zero()", "optimizer",
-                    f"one with a parameter of shape {tuple(parameter.shape)} that is not the "
-                    "model's", "an optimizer of the model's own parameters",
-                    "Build it with model.parameters(), of the model that is given here.",
-                )  # fmt: skip
 
 
 def no_gradients(where: str) -> MpizeroError:

@@ -26,6 +26,7 @@ from mpizero.engine import (
 )
 from mpizero_torch import tensors
 from mpizero_torch.shard_runs import Run, parameter_runs, slice_runs
+from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.units import Unit, WholeSpace
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
@@ -57,7 +58,8 @@ class OwnSpace:
 class ShardedState:
     """The parameters ``named``, moved to sharded memory, and the memory of their gradients.
 
-    ``groups``: for each of the optimizer's groups the numbers of its parameters. Collective.
+    ``groups``: for each of the optimizer's groups the numbers of its parameters. ``prepare`` is
+    called with each parameter before its values are read. Collective.
     """
 
     def __init__(
@@ -68,10 +70,17 @@ class ShardedState:
         sharding: Sharding,
         units: Sequence[Unit],
         unit_of: Sequence[int],
+        prepare: Callable[[nn.Parameter], None],
+        aside: StateOnDisk | None,
     ) -> None:
         self.group, self.sharding, self.units = group, sharding, list(units)
         self.named = list(named)
-        self.device = self.named[0][1].device
+        # Before anything else is made: parameters may have no memory yet.
+        self.device = torch.device(group.world.device.name)
+        for _, parameter in self.named:
+            if not parameter.is_meta:
+                self.device = parameter.device
+        self._prepare, self._aside = prepare, aside
         self._units = list(unit_of)
         self.memory = ParameterMemory(group, sharding.how, self._allocate, self._private)
         self.spaces: list[OwnSpace] = []
@@ -199,6 +208,7 @@ class ShardedState:
         for index in members:
             self.space_of[index] = own
             parameter = self.named[index][1]
+            self._prepare(parameter)
             self.store(index, parameter)
             self._place(parameter, index, own)
         return own
@@ -237,6 +247,9 @@ class ShardedState:
         return tensors.zeros(self.group.inner, count, dtype, self.device)
 
     def _private(self, count: int, dtype: Any) -> Any:
+        """Memory for float32 copies, which this rank alone sees."""
+        if self._aside is not None:
+            return self._aside.zeros(count, dtype)
         if self.device.type == "cpu":
             return np.zeros(count, dtype)
         return self._allocate(count, dtype)
