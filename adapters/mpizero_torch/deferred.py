@@ -50,10 +50,11 @@ class Initialiser:
         self._world, self._initialise = world, initialise
         self._holder: dict[int, tuple[str, nn.Module]] = {}
         for name, part in module.named_modules():
-            deferred_ones: list[torch.Tensor] = [
-                p for p in part.parameters(recurse=False) if p.is_meta
+            own: list[torch.Tensor] = [
+                *part.parameters(recurse=False),
+                *part.buffers(recurse=False),
             ]
-            deferred_ones += [b for b in part.buffers(recurse=False) if b.is_meta]
+            deferred_ones = [tensor for tensor in own if tensor.is_meta]
             for tensor in deferred_ones:
                 self._holder.setdefault(id(tensor), (name, part))
             if deferred_ones:

@@ -67,7 +67,7 @@ def zero(
         node-shared memory. By default on CPUs, for all stages. Then only the optimizer may write
         to them; ``mz.gathered(model, modify=True)`` is for everything else.
     precision : "bf16" or "fp16": parameters and gradients in 16 bits, float32 copies of them and
-        the optimizer's state sharded. The module's inputs are converted, outputs made float32 again;
+        the optimizer's state sharded. The module's inputs are converted, its outputs made float32;
         "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks.
     accumulate_in_float32 : with 16-bit parameters, add gradients up in float32.
     shard_group : "world"; "node" or a number k to keep a whole state in each node, or in every k
