@@ -10,6 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+TORCH = "torch DDP, gloo"
+
+COLUMNS = ("started", "steps", "steady", "data", "peak")  # of memory.py
+
+TITLES = {
+    "allreduce": "",  # each has its own
+    "train": "\n| model | ranks | | step, ms | x torch DDP | communication and optimizer, ms |"
+    "\n|---|---|---|---:|---:|---:|",
+    "memory": "\n| model | ranks | | started | steps | steady | data | peak | of torch DDP's |"
+    "\n|---|---|---|---:|---:|---:|---:|---:|---:|",
+}
+
+
+def kind_of(found: dict[str, Any]) -> str:
+    """Which benchmark wrote this."""
+    return str(found.get("kind", "train" if "model" in found else "allreduce"))
+
 
 def allreduce(found: dict[str, Any]) -> None:
     """Sizes down; microseconds, and how many times faster than the peers ours is."""
@@ -30,25 +47,41 @@ def allreduce(found: dict[str, Any]) -> None:
 
 def train(found: dict[str, Any]) -> None:
     """A line for each contestant."""
-    rows = {row["name"]: row["step"] * 1e3 for row in found["rows"]}
-    theirs = rows["torch DDP, gloo"]
-    for name, step in rows.items():
-        print(
-            f"| {found['model']} | {found['ranks']} | {name} | {step:.1f} | {theirs / step:.2f} |"
-        )
+    rows = {row["name"]: row for row in found["rows"]}
+    for name, row in rows.items():
+        step = row["step"] * 1e3
+        line = f"| {found['model']} | {found['ranks']} | {name} | {step:.1f} | "
+        if TORCH in rows:
+            line += f"{rows[TORCH]['step'] / row['step']:.2f}"
+        line += " | "
+        if "communication and optimizer" in row:
+            line += f"{row['communication and optimizer'] * 1e3:.1f}"
+        print(f"{line} |")
+
+
+def memory(found: dict[str, Any]) -> None:
+    """A line for each contestant that came through; MiB over all ranks."""
+    for row in found["rows"]:
+        if "failed" in row:
+            continue
+        sizes = (row[key] / 2**20 for key in COLUMNS)
+        share = f"{row['share']:.0%}" if "share" in row else ""
+        cells = (found["model"], found["ranks"], row["name"], *(f"{size:.0f}" for size in sizes))
+        print("".join(f"| {cell} " for cell in (*cells, share)) + "|")
 
 
 def main() -> None:
     """Print what each named file holds."""
     results = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     print(", ".join(f"{key} {value}" for key, value in results[0]["machine"].items()))
-    for found in results:
-        if "model" not in found:
-            allreduce(found)
-    print("\n| model | ranks | | step, ms | x torch DDP |\n|---|---|---|---:|---:|")
-    for found in results:
-        if "model" in found:
-            train(found)
+    kinds = {kind: [each for each in results if kind_of(each) == kind] for kind in TITLES}
+    for found in kinds["allreduce"]:
+        allreduce(found)
+    for kind, line in (("train", train), ("memory", memory)):
+        if kinds[kind]:
+            print(TITLES[kind])
+        for found in kinds[kind]:
+            line(found)
 
 
 if __name__ == "__main__":
