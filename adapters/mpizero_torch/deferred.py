@@ -50,10 +50,8 @@ class Initialiser:
         self._world, self._initialise = world, initialise
         self._holder: dict[int, tuple[str, nn.Module]] = {}
         for name, part in module.named_modules():
-            own: list[torch.Tensor] = [
-                *part.parameters(recurse=False),
-                *part.buffers(recurse=False),
-            ]
+            own: list[torch.Tensor] = list(part.parameters(recurse=False))
+            own += part.buffers(recurse=False)
             deferred_ones = [tensor for tensor in own if tensor.is_meta]
             for tensor in deferred_ones:
                 self._holder.setdefault(id(tensor), (name, part))
@@ -88,7 +86,8 @@ class Initialiser:
                 self._initialise(part)
             else:
                 next(getattr(part, m) for m in _METHODS if hasattr(part, m))()
-        every = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        every: list[torch.Tensor] = list(part.parameters(recurse=False))
+        every += part.buffers(recurse=False)
         broadcast_tensors([tensor for tensor in every if not tensor.is_meta], self._world, root=0)
 
     def _check(self, name: str, part: nn.Module) -> None:
