@@ -21,7 +21,7 @@ from mpizero_torch.zero_module import ShardedModule
 from mpizero_torch.zero_optimizer import ShardedOptimizer
 from mpizero_torch.zero_state import Sharding
 
-SEGMENT_MB = 32.0
+SEGMENT_MB = 8.0
 
 _PRECISIONS = {
     None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
