@@ -1,6 +1,7 @@
 """Train a byte-level GPT on real text, data-parallel over all ranks.
 
     mpirun -n 2 python examples/train_gpt.py --plot loss.png
+    mpirun -n 2 python examples/train_gpt.py --strategy zero2 --precision bf16
 
 The text is the Python standard library's own source, or what ``--text`` names; its last twentieth
 is held out. With the default options and two ranks of one core each, the held-out loss ends
@@ -25,6 +26,7 @@ import mpizero_torch as mz
 from common import Reporter, option_parser, positive
 
 TARGET = 1.65
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 MAX_BYTES = 4_000_000
 
 
@@ -115,6 +117,10 @@ def parse() -> argparse.Namespace:
         ("--batch-size", 8, "windows per rank and step"),
     ):
         parser.add_argument(name, type=positive, default=default, help=what)
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, default="ddp", help="replicas, or a stage of ZeRO"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     options = parser.parse_args()
     if options.width % (2 * options.heads):
@@ -165,18 +171,34 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def distribute(gpt: GPT, options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and its optimizer, spread over the ranks as the options say."""
+    optimizer = torch.optim.AdamW(
+        gpt.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    if options.strategy == "ddp":
+        return mz.DistributedDataParallel(gpt), optimizer
+    stage = int(options.strategy.removeprefix("zero"))
+    return mz.zero(gpt, optimizer, stage=stage, precision=options.precision)
+
+
 def train(
-    model: nn.Module, data: Windows, options: argparse.Namespace, world: mz.World, report: Reporter
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Windows,
+    options: argparse.Namespace,
+    world: mz.World,
+    report: Reporter,
 ) -> None:
     """The loop that a single process would run, but for the lines with ``mz``."""
     device = torch.device(world.device.name)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1
-    )
     rate = schedule(optimizer, options.steps)
+    # Replicas keep float32 parameters and compute in 16 bits; under ZeRO the model itself is cast.
+    autocast = options.strategy == "ddp" and options.precision == "bf16"
     batches = endless(mz.shard(data, batch_size=options.batch_size, seed=options.seed))
     for _, windows in zip(range(options.steps), batches, strict=False):
-        loss = loss_of(model, windows.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, windows.to(device))
         loss.backward()
         mz.clip_grad_norm_(model, 1.0)
         optimizer.step()
@@ -198,12 +220,15 @@ def evaluate(model: nn.Module, data: Windows, batch_size: int, world: mz.World) 
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: bytes, count: int, seed: int) -> str:
-    """Let the model go on from ``prompt`` for ``count`` bytes."""
+def generate(model: nn.Module, length: int, prompt: bytes, count: int, seed: int) -> str:
+    """Let the model go on from ``prompt`` for ``count`` bytes; it sees the last ``length``.
+
+    On all ranks alike: a model may need them all.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(count):
-        context = torch.tensor([tokens[-model.context :]], device=model.embed.weight.device)
+        context = torch.tensor([tokens[-length:]], device=next(model.parameters()).device)
         chances = F.softmax(model(context)[0, -1].cpu() / 0.8, dim=0)
         tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
     text = bytes(tokens).decode(errors="replace")
@@ -219,20 +244,21 @@ def main() -> None:
     training, held_out = split(text, options.context)
     torch.manual_seed(options.seed)
     gpt = GPT(options.layers, options.heads, options.width, options.context)
-    model = mz.DistributedDataParallel(gpt.to(world.device.name))
+    model, optimizer = distribute(gpt.to(world.device.name), options)
 
     with Reporter(options, world) as report:
         count = sum(parameter.numel() for parameter in gpt.parameters())
         report.say(f"{count:,} parameters, {len(text):,} bytes of text, {world.size} ranks")
-        train(model, training, options, world, report)
+        train(model, optimizer, training, options, world, report)
     loss = evaluate(model, held_out, options.batch_size, world)
-    if world.rank == 0:
-        report.say(f"\n{generate(gpt, b'def ', 300, options.seed)}\n")
-        verdict = "reached" if loss < TARGET else "not reached"
-        report.say(
-            f"held-out loss {loss:.4f} nats a byte; "
-            f"the default options' target, below {TARGET}, is {verdict}"
-        )
+    memory = mz.memory_report(model, optimizer)
+    sample = generate(model, gpt.context, b"def ", 300, options.seed)
+    verdict = "reached" if loss < TARGET else "not reached"
+    report.say(f"\n{sample}\n\n{memory}\n")
+    report.say(
+        f"held-out loss {loss:.4f} nats a byte; "
+        f"the default options' target, below {TARGET}, is {verdict}"
+    )
     report.finish(held_out_loss=loss, target=TARGET, reached=loss < TARGET)
 
 

@@ -50,15 +50,12 @@ class Initialiser:
         self._world, self._initialise = world, initialise
         self._holder: dict[int, tuple[str, nn.Module]] = {}
         for name, part in module.named_modules():
-            own: list[torch.Tensor] = list(part.parameters(recurse=False))
-            own += part.buffers(recurse=False)
-            deferred_ones = [tensor for tensor in own if tensor.is_meta]
-            for tensor in deferred_ones:
-                self._holder.setdefault(id(tensor), (name, part))
-            if deferred_ones:
+            for parameter in part.parameters(recurse=False):
+                if parameter.is_meta:
+                    self._holder.setdefault(id(parameter), (name, part))
+            if any(each.is_meta for each in _own(part)):
                 self._check(name, part)
-        there = [parameter for parameter in parameters if not parameter.is_meta]
-        there += [buffer for buffer in module.buffers() if not buffer.is_meta]
+        there = [each for each in (*parameters, *module.buffers()) if not each.is_meta]
         broadcast_tensors(there, world, root=0)
         for part in module.modules():
             if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
@@ -86,9 +83,8 @@ class Initialiser:
                 self._initialise(part)
             else:
                 next(getattr(part, m) for m in _METHODS if hasattr(part, m))()
-        every: list[torch.Tensor] = list(part.parameters(recurse=False))
-        every += part.buffers(recurse=False)
-        broadcast_tensors([tensor for tensor in every if not tensor.is_meta], self._world, root=0)
+        there = [tensor for tensor in _own(part) if not tensor.is_meta]
+        broadcast_tensors(there, self._world, root=0)
 
     def _check(self, name: str, part: nn.Module) -> None:
         if self._initialise is None and not any(hasattr(part, method) for method in _METHODS):
@@ -98,3 +94,8 @@ class Initialiser:
                 "modules with a method reset_parameters()",
                 "Give it one, or pass initialise=, which is called with each such module.",
             )  # fmt: skip
+
+
+def _own(part: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, without its children's."""
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
