@@ -38,6 +38,11 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return found
 
 
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype of a numpy dtype."""
+    return _TORCH_OF[np.dtype(dtype)]
+
+
 def as_array(tensor: torch.Tensor) -> Any:
     """The tensor's memory as a numpy array (CPU) or a CuPy array (CUDA), any strides."""
     tensor = tensor.detach()

@@ -14,8 +14,8 @@ from mpizero.engine import COMMON, SHARDED, WHOLE, ShardGroup
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.element_wise import choose_partition
 from mpizero_torch.loss_scale import LossScale
+from mpizero_torch.offload import StateOnDisk
 from mpizero_torch.runtime import init
-from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.wrapper import DistributedModule
 from mpizero_torch.zero_module import ShardedModule
 from mpizero_torch.zero_optimizer import ShardedOptimizer
@@ -106,6 +106,7 @@ def zero(
         max(64, int(segment_mb * 2**20)),
         _PRECISIONS[precision],
         accumulate_in_float32,
+        offload,
     )
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)

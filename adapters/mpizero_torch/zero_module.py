@@ -16,8 +16,8 @@ from mpizero_torch import batch_weight
 from mpizero_torch.deferred import Initialise, Initialiser
 from mpizero_torch.loss_scale import LossScale
 from mpizero_torch.model_state import load_whole, whole_state_dict
+from mpizero_torch.offload import StateOnDisk
 from mpizero_torch.replicate import Buffers
-from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
 from mpizero_torch.zero_hooks import ShardHooks

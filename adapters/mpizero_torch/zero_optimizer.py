@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpizero import MpizeroError
+from mpizero_torch.offload import with_gradients
 from mpizero_torch.optimizer_state import consolidate, distribute
 from mpizero_torch.shard_runs import Run, split
 
@@ -144,12 +145,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One run after the other, so that what it needs beside the shards is one run's."""
         for run in self._runs:
             run.parameter.grad = None
+        for run, gradient in with_gradients(self._runs):
+            run.parameter.grad = gradient
+            self._inner.step()
+            run.parameter.grad = None
+            self._module.put_state_aside(self.state.get(run.parameter, {}))
         for run in self._runs:
-            if run.has_gradient:
-                run.parameter.grad = run.gradient.to(run.parameter)
-                self._inner.step()
-                run.parameter.grad = run.gradient if run.is_direct else None
-                self._module.put_state_aside(self.state.get(run.parameter, {}))
+            if run.has_gradient and run.is_direct:
+                run.parameter.grad = run.gradient
 
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):

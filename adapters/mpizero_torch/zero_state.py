@@ -25,8 +25,8 @@ from mpizero.engine import (
     cut_flat,
 )
 from mpizero_torch import tensors
+from mpizero_torch.offload import StateOnDisk, pinned_zeros
 from mpizero_torch.shard_runs import Run, parameter_runs, slice_runs
-from mpizero_torch.state_on_disk import StateOnDisk
 from mpizero_torch.units import Unit, WholeSpace
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
@@ -44,6 +44,7 @@ class Sharding:
     segment_bytes: int
     precision: torch.dtype | None = None
     accumulate_in_float32: bool = False
+    offload: str | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class ShardedState:
         number = self.memory.add(
             space,
             trained=group != FROZEN,
-            master=group != FROZEN and self._wants_master(space),
+            master=self._master_dtype(space) if group != FROZEN else None,
         )
         own = OwnSpace(space, number, group)
         self.spaces.append(own)
@@ -235,8 +236,16 @@ class ShardedState:
             return self.sharding.precision
         return parameter.dtype
 
-    def _wants_master(self, space: Space) -> bool:
-        return self.sharding.precision is not None and space.layout.dtype.itemsize == 2
+    def _master_dtype(self, space: Space) -> Any:
+        """Of the copies that the optimizer updates in the parameters' place; None: no copies."""
+        if self.sharding.precision is not None and space.layout.dtype.itemsize == 2:
+            return np.dtype(np.float32)
+        return space.layout.dtype if self._on_host else None
+
+    @property
+    def _on_host(self) -> bool:
+        """Does a GPU's optimizer work in host memory?"""
+        return self.sharding.offload is not None and self.device.type == "cuda"
 
     def _gradient_dtype(self, space: Space) -> Any:
         if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
@@ -250,6 +259,8 @@ class ShardedState:
         """Memory for float32 copies, which this rank alone sees."""
         if self._aside is not None:
             return self._aside.zeros(count, dtype)
+        if self._on_host:
+            return pinned_zeros(count, dtype)
         if self.device.type == "cpu":
             return np.zeros(count, dtype)
         return self._allocate(count, dtype)

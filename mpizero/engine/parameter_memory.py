@@ -27,7 +27,7 @@ COMMON, WHOLE, SHARDED = "common", "whole", "sharded"
 
 
 class ParameterMemory:
-    """The parameters' memory, and float32 copies of this rank's blocks where these are wanted.
+    """The parameters' memory, and copies of this rank's blocks (masters) where these are wanted.
 
     ``how``: COMMON, WHOLE or SHARDED. Where a node has no room for COMMON memory, a space lies in
     every rank's own. ``allocate(count, dtype)`` gives zeroed memory that ranks of a node can reach.
@@ -45,8 +45,11 @@ class ParameterMemory:
         self._trained: list[int] = []
         self.masters: list[Any] = []
 
-    def add(self, space: Space, *, trained: bool = True, master: bool = False) -> int:
-        """Make memory for a space; returns its number. Collective."""
+    def add(self, space: Space, *, trained: bool = True, master: Any = None) -> int:
+        """Make memory for a space; returns its number. Collective.
+
+        ``master``: the dtype of copies of this rank's blocks that the optimizer is to update.
+        """
         flat, dtype = None, space.layout.dtype
         if self.how == COMMON:
             flat = self._group.inner.allocate_common(space.size, dtype)
@@ -57,8 +60,8 @@ class ParameterMemory:
                 size = max(space.shard_size(part) for part in range(self._group.parts))
             flat = self._allocate(size, dtype)
         wide = None
-        if master:
-            wide = self._allocate_private(space.shard_size(self._group.part), np.float32)
+        if master is not None:
+            wide = self._allocate_private(space.shard_size(self._group.part), master)
         number = len(self._spaces)
         self._spaces.append(space)
         self._flats.append(flat)
@@ -221,11 +224,17 @@ def _places(space: Space) -> list[tuple[slice, Sequence[slice]]]:
 
 
 def _round_into(values: Any, out: Any) -> None:
-    if is_half(out.dtype) and values.dtype == np.float32:
+    if isinstance(values, np.ndarray) and not isinstance(out, np.ndarray):  # kept on the host
+        rounded = np.empty(out.shape, out.dtype)
+        _round_into(values, rounded)
+        out.set(rounded)
+    elif is_half(out.dtype) and values.dtype == np.float32:
         narrow(values, out)
     else:
         out[...] = values
 
 
 def _widen_into(values: Any, out: Any) -> None:
+    if isinstance(out, np.ndarray) and not isinstance(values, np.ndarray):
+        values = values.get()
     out[...] = widen(values) if is_half(values.dtype) else values

@@ -1,8 +1,9 @@
-"""The optimizer's state in files: for machines short of memory. Exact: the same numbers."""
+"""The optimizer's state out of the way: in a GPU's host memory, or in files. Both exact."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,48 @@ import numpy as np
 import torch
 
 from mpizero_torch import tensors
+from mpizero_torch.shard_runs import Run
+
+
+def pinned_zeros(count: int, dtype: Any) -> Any:
+    """A zeroed 1-D host array that a GPU copies to and from at full speed."""
+    found = torch.zeros(count, dtype=tensors.torch_dtype(dtype), pin_memory=True)
+    return tensors.as_array(found)
+
+
+def with_gradients(runs: Iterable[Run]) -> Iterator[tuple[Run, torch.Tensor]]:
+    """Each run that has a gradient, with it, where and in the dtype that the optimizer works.
+
+    From a GPU the next one travels while this one is used.
+    """
+    waiting: tuple[Run, torch.Tensor, Any] | None = None
+    for run in runs:
+        if not run.has_gradient:
+            continue
+        leaving = (run, *_fetch(run))
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = leaving
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _fetch(run: Run) -> tuple[torch.Tensor, Any]:
+    """Begin to bring a gradient to its parameter; returns where to, and what to wait for."""
+    gradient = run.gradient
+    if gradient.device.type == "cpu" or run.parameter.device.type != "cpu":
+        return gradient, None
+    host = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
+    host.copy_(gradient, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _arrived(run: Run, gradient: torch.Tensor, event: Any) -> tuple[Run, torch.Tensor]:
+    if event is not None:
+        event.synchronize()
+    return run, gradient.to(run.parameter.dtype)
 
 
 class StateOnDisk:
