@@ -9,7 +9,7 @@ their gradients in nested backward passes, whose end is not the end of the whole
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,13 +43,21 @@ class BackwardHooks(ABC):
         self.steps = 0
         self._handles: list[Any] = []
 
-    def watch(self, parameters: Sequence[tuple[int, nn.Parameter]]) -> None:
-        """Let these parameters' gradients announce themselves, by their numbers; only these."""
+    def watch(
+        self,
+        parameters: Sequence[tuple[int, nn.Parameter]],
+        announcing: Collection[int] | None = None,
+    ) -> None:
+        """Watch these parameters, by their numbers, and no others from now on.
+
+        ``announcing``: those whose gradients are announced one by one; by default, all.
+        """
         self.remove()
         self._parameters = [parameter for _, parameter in parameters]
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._on_accumulated(index))
             for index, parameter in parameters
+            if announcing is None or index in announcing
         ]
         if self._scales:
             self._scales = False

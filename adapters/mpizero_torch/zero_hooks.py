@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
 from mpizero_torch.sharded_gradient import ShardedGradient, values_of
 from mpizero_torch.units import UnitSchedule
 
+Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 _Target = tuple[int, slice | None, torch.Tensor]
 
 
@@ -31,9 +32,7 @@ class ShardHooks(BackwardHooks):
         self,
         owner: Owner,
         named: Sequence[tuple[str, nn.Parameter]],
-        make_sharder: Callable[
-            [Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]], GradientSharder
-        ],
+        make_sharder: Callable[[Fill, Callable[[], Sequence[int]]], GradientSharder],
         hold: Callable[[int], torch.Tensor] | None,
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
@@ -49,11 +48,30 @@ class ShardHooks(BackwardHooks):
         self._came: set[int] = set()
         # Gradients on their way, and how many of their segments they have yet to be put into.
         self._leaving: dict[int, list[Any]] = {}
-        super().__init__(owner, make_sharder(self._fill))
+        super().__init__(owner, make_sharder(self._fill, self.left))
 
     @property
     def sharder(self) -> GradientSharder:
         return self._reducer
+
+    def left(self) -> list[int]:
+        """The parameters with a gradient that has not been put into a segment."""
+        segments_of = self._reducer.segments_of
+        return [
+            index
+            for index, parameter in enumerate(self._all)
+            if parameter.grad is not None
+            and values_of(parameter) is not None
+            and segments_of(index)
+        ]
+
+    @property
+    def announced(self) -> Collection[int]:
+        """The parameters that must announce their gradients."""
+        aside = self._hold is not None and not self._owner._synchronise
+        if aside or self._schedule is not None:
+            return range(len(self._all))
+        return self._reducer.awaited
 
     def forget(self) -> None:
         """Drop the gradients that are still on this rank."""
@@ -126,9 +144,9 @@ class ShardHooks(BackwardHooks):
     def _take_over(self, anywhere: list[bool]) -> None:
         self._held.clear()
         self._on_reduced(anywhere)
-        for index, parameter in enumerate(self._all):
-            if anywhere[index]:
-                parameter.grad = self._stand_ins[index]
+        for parameter, stand_in, used in zip(self._all, self._stand_ins, anywhere, strict=True):
+            if used:
+                parameter.grad = stand_in
 
     def _clear_stand_ins(self) -> None:
         """Autograd is about to add gradients to what is there."""
@@ -145,23 +163,32 @@ class ShardHooks(BackwardHooks):
             self._targets[key] = [_target(filling) for filling in fillings]
         memory, gradients, missing = [], [], []
         for at, (index, elements, target) in enumerate(self._targets[key]):
-            gradient = self._leave(index)
+            parameter = self._all[index]
+            gradient = parameter.grad
+            if elements is None and gradient is not None and not self._held:
+                if gradient.is_sparse or gradient.requires_grad:
+                    check_dense(gradient, self._names[index])
+                self._came.add(index)
+                parameter.grad = None
+            else:
+                gradient = self._leave(index)
             if gradient is None:
                 missing.append(at)
                 continue
-            part = gradient if elements is None else gradient.reshape(-1)[elements]
-            if part.data_ptr() != target.data_ptr():
+            if elements is not None:
+                gradient = gradient.reshape(-1)[elements]
+            if self._hold is None or gradient.data_ptr() != target.data_ptr():
                 memory.append(target)
-                gradients.append(part)
+                gradients.append(gradient)
         if memory:
             torch._foreach_copy_(memory, gradients)
         return missing
 
     def _leave(self, index: int) -> torch.Tensor | None:
-        """This rank's gradient, taken from ``.grad``: what comes later is another one."""
+        """A gradient in several segments, or put aside: taken once, and kept for the segments."""
         if index not in self._leaving:
             parameter = self._all[index]
-            held, gradient = self._held.pop(index, None), values_of(parameter)
+            held, gradient = self._held.pop(index, None), parameter.grad
             if gradient is not None:
                 check_dense(gradient, self._names[index])
                 parameter.grad = None

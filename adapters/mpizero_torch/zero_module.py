@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,7 @@ class ShardedModule(DistributedModule):
         self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
         self._versions = self._current_versions()
         self._changes_when_summed: list[int] = []
+        self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
 
     @property
@@ -212,13 +213,18 @@ class ShardedModule(DistributedModule):
         if are_trainable != self._were_trainable:
             self._were_trainable = are_trainable
             self.sharder.set_trained(are_trainable)
+            self._announcing = ()
+        announcing = self._hooks.announced
+        if announcing != self._announcing:
+            self._announcing = announcing
             managed = self._state.space_of
             self._hooks.watch(
                 [
                     (index, parameter)
                     for index, (_, parameter) in enumerate(self._named)
-                    if parameter.requires_grad and managed[index].group >= 0
-                ]
+                    if are_trainable[index] and managed[index].group >= 0
+                ],
+                announcing,
             )
         if self._stated is not None or batch_weight.current().value != 1.0:
             self._hooks.scale_gradients()
@@ -236,7 +242,7 @@ class ShardedModule(DistributedModule):
         return ShardHooks(
             self,
             self._named,
-            lambda fill: self._state.make_sharder(fill, self._unscale),
+            lambda fill, left: self._state.make_sharder(fill, left, self._unscale),
             hold=self._memory_to_hold(),
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,

@@ -101,7 +101,12 @@ class ShardedState:
         self.memory.settle()
         return added
 
-    def make_sharder(self, fill: Fill, unscale: Callable[[], float]) -> GradientSharder:
+    def make_sharder(
+        self,
+        fill: Fill,
+        left: Callable[[], Sequence[int]],
+        unscale: Callable[[], float],
+    ) -> GradientSharder:
         """Memory for the gradients of the parameters in groups, and their reduction."""
         trained = self._trained
         return GradientSharder(
@@ -113,6 +118,7 @@ class ShardedState:
             whole=self.sharding.stage == 1,
             stream=lambda: tensors.current_stream(self.device),
             fill=fill,
+            left=left,
             unscale=unscale,
         )
 

@@ -27,10 +27,6 @@ from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 # While one segment is summed the next is filled.
 _BUFFERS = 2
 
-# What the ranks tell each other when a pass ends, before the parameters' flags.
-_OVERFLOWS, _LATE = range(2)
-_FLAGS = 2
-
 
 @dataclass(frozen=True)
 class Filling:
@@ -62,8 +58,10 @@ class GradientSharder(ReducedPasses):
     ``shards[s]``: this rank's gradient of space s, 1-D, of ``dtypes[s]`` (the parameters' own, or
     float32). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
     numbers of those in the list that this rank has no gradient for, which become zero; equal keys
-    come with equal fillings. ``whole``: keep memory for all gradients (stage 1). ``unscale()`` is
-    what the gradients are divided by beside their weights: the factor of a scaled loss.
+    come with equal fillings. ``left()``: the parameters that still have a gradient when backward
+    is over and all segments are sent. ``whole``: keep memory for all gradients (stage 1).
+    ``unscale()`` is what the gradients are divided by beside their weights: the factor of a scaled
+    loss.
     """
 
     def __init__(
@@ -77,15 +75,18 @@ class GradientSharder(ReducedPasses):
         whole: bool,
         stream: Callable[[], int | None] = lambda: None,
         fill: Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]],
+        left: Callable[[], Sequence[int]] = lambda: (),
         unscale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         super().__init__(group.world, specs, stream)
-        self._group, self._spaces, self._fill, self._unscale = group, spaces, fill, unscale
+        self._group, self._spaces = group, spaces
+        self._fill, self._left, self._unscale = fill, left, unscale
         self._whole = whole
         # What came more often than expected is summed in a second round, so nothing need be known
         # beforehand, and the first pass needs no more memory than the others.
         self._expected = [1] * len(specs)
-        self._late = [False] * len(specs)
+        self._arrivals = []
+        self._only_last = True  # may full segments be told by the last of their gradients?
         pieces = [
             _piece(at, space, segment, place)
             for at, space in enumerate(spaces)
@@ -93,7 +94,8 @@ class GradientSharder(ReducedPasses):
         ]
         # Backward comes to the last parameters first.
         self._segments = sorted(pieces, key=lambda piece: -min(piece.members, default=0))
-        self._waiting = _pieces_of(self._segments, len(specs))
+        self._segments_of = _pieces_of(self._segments, len(specs))
+        self._waiting = list(self._segments_of)
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._make_memory(allocate)
         self.keeps = False  # are there gradients in the shards, to which the next pass adds?
@@ -116,7 +118,7 @@ class GradientSharder(ReducedPasses):
 
     def segments_of(self, index: int) -> Sequence[Piece]:
         """The segments that a parameter is part of."""
-        return self._waiting[index]
+        return self._segments_of[index]
 
     def view(self, index: int, space: int) -> Any:
         """Stage 1: where all of a parameter's gradient lies."""
@@ -126,6 +128,12 @@ class GradientSharder(ReducedPasses):
         """Leave out the segments in which no parameter is trained. The same on all ranks."""
         for piece in self._segments:
             piece.trained = sum(trained[index] for index in piece.members)
+        self._wait_for_all()
+
+    @property
+    def awaited(self) -> list[int]:
+        """The parameters whose gradients must be announced; the others come before one of them."""
+        return [index for index, pieces in enumerate(self._waiting) if pieces]
 
     @property
     def own_squares(self) -> float:
@@ -144,7 +152,6 @@ class GradientSharder(ReducedPasses):
         return {"gradients": held, "buffers": buffers}
 
     def accumulate(self, weight: Weight, gradients_kept: bool) -> None:
-        self._late = [False] * len(self._specs)
         if not self.keeps:
             self._kept = []
         elif self._whole and not self._kept:
@@ -160,10 +167,29 @@ class GradientSharder(ReducedPasses):
     def _announce(self, *mine: float) -> None:
         super()._announce(*mine)
         for piece in self._segments:
-            piece.missing = piece.trained
+            piece.missing = piece.trained if self._arrivals is not None else min(1, piece.trained)
 
     def _came_again(self, index: int) -> None:
-        self._late[index] = True
+        pass  # it will be found left
+
+    def _learn(self) -> None:
+        """After the first pass: which gradient of each segment comes last. Calls cost time."""
+        super()._learn()
+        if self._arrivals is None or not self._only_last or not self._arrivals:
+            return
+        position = {index: at for at, index in enumerate(self._arrivals)}
+        self._arrivals = None
+        waiting: list[list[Piece]] = [[] for _ in self._specs]
+        for piece in self._segments:
+            came = [index for index in piece.members if index in position]
+            if came:
+                waiting[max(came, key=position.__getitem__)].append(piece)
+        self._waiting = [tuple(each) for each in waiting]
+
+    def _wait_for_all(self) -> None:
+        """Count all gradients in, and learn anew."""
+        self._arrivals = []
+        self._waiting = list(self._segments_of)
 
     def _launch(self, piece: Piece, has_gradient: Sequence[bool] | None) -> None:
         own = self._segments[self._launched - 1]
@@ -197,40 +223,38 @@ class GradientSharder(ReducedPasses):
         )
 
     def _collect(self, has_gradient: Sequence[bool]) -> list[bool]:
-        anywhere = self._finish(has_gradient)
-        if anywhere is None:  # some rank got gradients after their segment had been sent
-            anywhere = self._finish(has_gradient, late=self._late_anywhere)
-        return anywhere or []
-
-    def _finish(
-        self, has_gradient: Sequence[bool], late: Sequence[bool] | None = None
-    ) -> list[bool] | None:
-        """Wait for the segments and exchange what was found; None if a second round is due."""
-        if late is not None:
+        anywhere, late = self._finish(has_gradient)
+        while any(late):  # some rank got gradients after their segment had been sent
             for number, piece in enumerate(self._segments):
                 if any(late[index] for index in piece.members) and piece.trained:
-                    self._wait_segment(piece)
                     self._reduce(piece, number, again=True)
-            self._late = [False] * len(self._specs)
+            anywhere, late = self._finish(has_gradient)
+        return anywhere
+
+    def _finish(self, has_gradient: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """Wait; which parameters have a gradient, and one that is left, on any rank?"""
         self._wait_for_opening()
         for piece in self._segments:
             self._wait_segment(piece)
-        found = self._close_together(has_gradient)
-        flags = found[_FLAGS:].reshape(2, -1)
-        if found[_LATE]:
-            self._late_anywhere = [bool(flag) for flag in flags[1]]
-            return None
-        self.overflowed = bool(found[_OVERFLOWS])
+        left = list(self._left())
+        if left:
+            self._only_last = False
+            self._wait_for_all()
+        found = self._close_together(has_gradient, left)
+        self.overflowed = bool(found[0])
         self._kept = []
-        return [bool(flag) for flag in flags[0]]
+        has, late = found[1:].reshape(2, -1) > 0
+        return has.tolist(), late.tolist()
 
-    def _close_together(self, has_gradient: Sequence[bool]) -> Any:
+    def _close_together(self, has_gradient: Sequence[bool], left: Sequence[int]) -> Any:
+        """Sum what the ranks tell each other when a pass ends."""
         mine = self.own_squares
         overflow = not isfinite(mine)
-        closing = np.zeros(_FLAGS + 2 * len(self._specs))
-        closing[_OVERFLOWS] = overflow
-        closing[_LATE] = any(self._late)
-        closing[_FLAGS:] = [*has_gradient, *self._late]
+        count = len(self._specs)
+        closing = np.zeros(1 + 2 * count)
+        closing[0] = overflow
+        closing[1 : 1 + count] = has_gradient
+        closing[[1 + count + index for index in left]] = 1
         self._world.submit(
             "the closing of a backward pass", lambda run, parts: run.all_reduce(closing, SUM)
         ).wait()
