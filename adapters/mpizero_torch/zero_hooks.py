@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +45,8 @@ class ShardHooks(BackwardHooks):
         self._schedule = schedule
         self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
-        # Gradients on their way, and how many of their segments they have yet to be put into.
-        self._leaving: dict[int, list[Any]] = {}
+        # Gradients on their way, and the segments that they have yet to be put into.
+        self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
         super().__init__(owner, make_sharder(self._fill, self.left))
 
     @property
@@ -76,6 +75,7 @@ class ShardHooks(BackwardHooks):
     def forget(self) -> None:
         """Drop the gradients that are still on this rank."""
         self._held.clear()
+        self._leaving.clear()
         for parameter in self._all:
             parameter.grad = None
 
@@ -165,13 +165,14 @@ class ShardHooks(BackwardHooks):
         for at, (index, elements, target) in enumerate(self._targets[key]):
             parameter = self._all[index]
             gradient = parameter.grad
-            if elements is None and gradient is not None and not self._held:
+            is_simple = elements is None and not self._held and index not in self._leaving
+            if is_simple and gradient is not None:
                 if gradient.is_sparse or gradient.requires_grad:
                     check_dense(gradient, self._names[index])
                 self._came.add(index)
                 parameter.grad = None
             else:
-                gradient = self._leave(index)
+                gradient = self._leave(index, key[0])
             if gradient is None:
                 missing.append(at)
                 continue
@@ -184,8 +185,8 @@ class ShardHooks(BackwardHooks):
             torch._foreach_copy_(memory, gradients)
         return missing
 
-    def _leave(self, index: int) -> torch.Tensor | None:
-        """A gradient in several segments, or put aside: taken once, and kept for the segments."""
+    def _leave(self, index: int, segment: int) -> torch.Tensor | None:
+        """A gradient of several segments, or one put aside: taken once, kept until all have it."""
         if index not in self._leaving:
             parameter = self._all[index]
             held, gradient = self._held.pop(index, None), parameter.grad
@@ -196,12 +197,13 @@ class ShardHooks(BackwardHooks):
             if held is None:
                 return None
             self._came.add(index)
-            self._leaving[index] = [held, len(self._reducer.segments_of(index))]
-        leaving = self._leaving[index]
-        leaving[1] -= 1
-        if leaving[1] == 0:
+            self._leaving[index] = held, set(self._reducer.segments_of(index))
+        found, remaining = self._leaving[index]
+        if segment not in remaining:
+            return None
+        remaining.remove(segment)
+        if not remaining:
             del self._leaving[index]
-        found: torch.Tensor = leaving[0]
         return found
 
 

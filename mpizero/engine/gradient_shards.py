@@ -57,8 +57,9 @@ class GradientSharder(ReducedPasses):
 
     ``shards[s]``: this rank's gradient of space s, 1-D, of ``dtypes[s]`` (the parameters' own, or
     float32). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
-    numbers of those in the list that this rank has no gradient for, which become zero; equal keys
-    come with equal fillings. ``left()``: the parameters that still have a gradient when backward
+    numbers of those in the list that this rank has no gradient for (or has filled in before),
+    which become zero. ``key``: the segment's number, and which memory it is; equal keys come with
+    equal fillings. ``left()``: the parameters that still have a gradient when backward
     is over and all segments are sent. ``whole``: keep memory for all gradients (stage 1).
     ``unscale()`` is what the gradients are divided by beside their weights: the factor of a scaled
     loss.
@@ -95,6 +96,8 @@ class GradientSharder(ReducedPasses):
         # Backward comes to the last parameters first.
         self._segments = sorted(pieces, key=lambda piece: -min(piece.members, default=0))
         self._segments_of = _pieces_of(self._segments, len(specs))
+        numbers = {id(piece): number for number, piece in enumerate(self._segments)}
+        self._numbers_of = [[numbers[id(p)] for p in pieces] for pieces in self._segments_of]
         self._waiting = list(self._segments_of)
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._make_memory(allocate)
@@ -116,9 +119,9 @@ class GradientSharder(ReducedPasses):
         cut, part, memory = self._spaces[space], self._group.part, self._memory[space]
         return memory[cut.place(index) if self._whole else cut.owned_place(index, part)]
 
-    def segments_of(self, index: int) -> Sequence[Piece]:
-        """The segments that a parameter is part of."""
-        return self._segments_of[index]
+    def segments_of(self, index: int) -> Sequence[int]:
+        """The numbers of the segments that a parameter is part of, as ``fill`` is given them."""
+        return self._numbers_of[index]
 
     def view(self, index: int, space: int) -> Any:
         """Stage 1: where all of a parameter's gradient lies."""
