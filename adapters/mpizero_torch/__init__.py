@@ -16,22 +16,26 @@ from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, Wor
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.deferred import deferred
+from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.model_state import gathered
 from mpizero_torch.runtime import init
 from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
+from mpizero_torch.verify import VerifyReport, verify
 from mpizero_torch.zero import zero
 
 __all__ = [
     "ArgumentError",
     "DistributedDataParallel",
     "LaunchError",
+    "MemoryReport",
     "MismatchError",
     "MpizeroError",
     "ShardedLoader",
     "ShardedSampler",
     "SyncBatchNorm",
+    "VerifyReport",
     "World",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -39,7 +43,9 @@ __all__ = [
     "gathered",
     "init",
     "mean",
+    "memory_report",
     "shard",
     "sum",
+    "verify",
     "zero",
 ]

@@ -81,6 +81,12 @@ class DistributedDataParallel(DistributedModule):
         self._buffers_in_sync = Buffers(module, ignored) if broadcast_buffers else None
         self._watch_parameters()
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of the buckets in which this rank's gradients lie."""
+        hooks = self._hooks
+        return hooks.bucket_bytes if isinstance(hooks, ReplicaHooks) else 0
+
     def _watch_parameters(self) -> None:
         """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
         if self.world.size == 1 and self._stated is None:

@@ -31,6 +31,10 @@ class ReplicaHooks(BackwardHooks):
         self.watch(list(enumerate(parameter for _, parameter in named)))
         self._see_views()
 
+    @property
+    def bucket_bytes(self) -> int:
+        return sum(int(bucket.flat.nbytes) for bucket in self._reducer.pieces)
+
     def _any_kept(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
 

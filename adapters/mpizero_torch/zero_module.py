@@ -115,6 +115,16 @@ class ShardedModule(DistributedModule):
             self._schedule.release_all()
         self._versions = self._current_versions()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of gradients that were put aside on this rank, in memory of their own."""
+        return self._hooks.held_bytes if self._sharding.stage > 1 else 0
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of parameters that are gathered at the moment."""
+        return sum(unit.nbytes for unit in self._units)
+
     def own_gradients(self) -> list[torch.Tensor]:
         """This rank's part of the mean gradients."""
         return [run.gradient for run in self.optimizer.runs if run.has_gradient]

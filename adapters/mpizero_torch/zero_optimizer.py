@@ -134,6 +134,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return any(run.has_gradient for run in self._runs)
 
     @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that was given, which updates this rank's shards."""
+        return self._inner
+
+    @property
     def runs(self) -> Sequence[Run]:
         return self._runs
 

@@ -108,12 +108,12 @@ class ShardedState:
         unscale: Callable[[], float],
     ) -> GradientSharder:
         """Memory for the gradients of the parameters in groups, and their reduction."""
-        trained = self._trained
+        trained = self.trained
         return GradientSharder(
             self.group,
             self.specs(),
             [own.space for own in trained],
-            [self._gradient_dtype(own.space) for own in trained],
+            [self.gradient_dtype(own.space) for own in trained],
             self._allocate,
             whole=self.sharding.stage == 1,
             stream=lambda: tensors.current_stream(self.device),
@@ -128,7 +128,7 @@ class ShardedState:
         """This rank's shards, of all spaces or some, as a torch optimizer is to see them."""
         runs: list[Run] = []
         part, memory = self.group.part, self.memory
-        for at, own in enumerate(self._trained):
+        for at, own in enumerate(self.trained):
             if only is not None and own not in only:
                 continue
             if self.sharding.partition == FLAT:
@@ -160,12 +160,18 @@ class ShardedState:
                 run.receive()
 
     @property
-    def _trained(self) -> list[OwnSpace]:
+    def trained(self) -> list[OwnSpace]:
+        """The spaces of parameters in the optimizer's groups."""
         return [own for own in self.spaces if own.group != FROZEN]
 
     def gradient_view(self, sharder: GradientSharder, index: int) -> torch.Tensor:
         """Stage 1: the memory for all of a parameter's gradient."""
-        return tensors.as_tensor(sharder.view(index, self._trained.index(self.space_of[index])))
+        return tensors.as_tensor(sharder.view(index, self.trained.index(self.space_of[index])))
+
+    @property
+    def parameter_bytes(self) -> tuple[int, int, int]:
+        """Bytes of parameters of this rank's own, of its node's, and of its float32 copies."""
+        return self.memory.own_bytes, self.memory.common_bytes, self.memory.master_bytes
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -253,7 +259,8 @@ class ShardedState:
         """Does a GPU's optimizer work in host memory?"""
         return self.sharding.offload is not None and self.device.type == "cuda"
 
-    def _gradient_dtype(self, space: Space) -> Any:
+    def gradient_dtype(self, space: Space) -> Any:
+        """In which the shards of a space's gradients are kept."""
         if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
             return np.dtype(np.float32)
         return space.layout.dtype

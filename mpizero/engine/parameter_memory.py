@@ -189,9 +189,19 @@ class ParameterMemory:
         )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of parameters that this rank addresses (common ones are its node's)."""
-        return sum(int(flat.nbytes) for flat in self._flats)
+    def common_bytes(self) -> int:
+        """Bytes of parameters that the inside ranks have once between them."""
+        pairs = zip(self._flats, self._is_common, strict=True)
+        return sum(int(flat.nbytes) for flat, is_common in pairs if is_common)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of parameters that this rank has for itself."""
+        return sum(int(flat.nbytes) for flat in self._flats) - self.common_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        return sum(int(master.nbytes) for master in self.masters if master is not None)
 
     def _reachable(self, space: int) -> list[Any] | None:
         """All parts' shards of a space, if they lie in memory that this rank can address."""

@@ -1,0 +1,213 @@
+"""``memory_report``: what a model's training holds, beside what theory and the kernel say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpizero import ArgumentError, World
+from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.runtime import init
+from mpizero_torch.zero_module import ShardedModule
+from mpizero_torch.zero_optimizer import ShardedOptimizer
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes by kind."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int  # float32 copies of the parameters included
+    buffers: int  # in which gradients are put together and parameters gathered; module buffers
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What ``memory_report`` found, in bytes; the same on every rank.
+
+    ``rank``: of the rank with most, where memory that its node shares counts as its part of it;
+    ``node``: of the node with most. ``shared``: how much of ``node`` is in memory that its ranks
+    can all address. ``formula``: what the ZeRO paper's formula gives for parameters, gradients and
+    optimizer state of a rank, with this optimizer's state for each element (None where no
+    optimizer was given or it has no state yet). ``kernel``: the proportional set size of all ranks
+    of the node with most, everything included (None where the kernel does not tell).
+    """
+
+    strategy: str
+    elements: int
+    rank: Held
+    node: Held
+    shared: int
+    formula: float | None
+    kernel: int | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"memory of {self.strategy}, {self.elements:,} parameters (MiB)",
+            f"  {'':<18}{'a rank':>10}{'a node':>10}",
+        ]
+        for field in (*fields(Held), None):
+            name = "total" if field is None else field.name
+            pair = [getattr(held, name) / 2**20 for held in (self.rank, self.node)]
+            lines.append(f"  {name.replace('_', ' '):<18}{pair[0]:>10.1f}{pair[1]:>10.1f}")
+        if self.formula is not None:
+            lines.append(f"  {'by the formula':<18}{self.formula / 2**20:>10.1f}")
+        lines.append(f"  of the node's, {self.shared / 2**20:.1f} in memory that its ranks share")
+        if self.kernel is not None:
+            lines.append(
+                f"  the kernel counts {self.kernel / 2**20:.0f} for the node's processes, "
+                "libraries and activations included"
+            )
+        return "\n".join(lines)
+
+
+def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
+    """Count the bytes that training holds, on this rank and its node. Collective.
+
+    ``model``: sharded, replicated or plain; ``optimizer``: its optimizer (a sharded model knows
+    its own). Activations are not counted: they come and go with the batch. The formula (ZeRO,
+    arXiv 1910.02054, sections 3 and 5): of parameters, gradients and optimizer state, those that
+    the stage shards are divided by the number of ranks that share them; parameters in node-shared
+    memory by the ranks of the node. Raises ArgumentError for an optimizer of another model.
+    """
+    if isinstance(model, ShardedModule):
+        if optimizer is not None and optimizer is not model.optimizer:
+            raise ArgumentError("memory_report()", "optimizer", "another's", "this model's")
+        own, common, whole_buffers, strategy = _of_sharded(model)
+        world, formula = model.world, _formula_sharded(model)
+    else:
+        own, whole_buffers, strategy = _of_replica(model, optimizer)
+        common, world = 0, model.world if isinstance(model, DistributedDataParallel) else init()
+        state = own.optimizer_state
+        formula = own.parameters * 2 + state if state else None
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    return _combine(world, strategy, elements, own, common, whole_buffers, formula)
+
+
+def _combine(
+    world: World,
+    strategy: str,
+    elements: int,
+    own: Held,
+    common: int,
+    reachable: int,
+    formula: float | None,
+) -> MemoryReport:
+    """``common``: bytes that the node has once; ``reachable``: a rank's that others can read."""
+    ranks = world.local_size
+    rank = Held(own.parameters + common // ranks, own.gradients, own.optimizer_state, own.buffers)
+    sums = np.array([*(getattr(own, f.name) for f in fields(Held)), reachable, _pss() or 0])
+    totals = world.node.allreduce(sums.astype(np.int64))
+    totals[0] += common
+    node = Held(*(int(each) for each in totals[:4]))
+    largest = world.allreduce(
+        np.array([*(getattr(h, f.name) for h in (rank, node) for f in fields(Held)),
+                  int(totals[4]) + common, int(totals[5])], np.int64), "max",
+    )  # fmt: skip
+    kernel = int(largest[9])
+    return MemoryReport(
+        strategy,
+        elements,
+        Held(*map(int, largest[:4])),
+        Held(*map(int, largest[4:8])),
+        int(largest[8]),
+        formula,
+        kernel or None,
+    )
+
+
+def _of_sharded(model: ShardedModule) -> tuple[Held, int, int, str]:
+    state, sharder = model.state, model.sharder
+    parameters, common, masters = state.parameter_bytes
+    gradients = sharder.nbytes
+    optimizer = masters + _state_bytes(model.optimizer)
+    held = Held(
+        parameters,
+        gradients["gradients"] + model.held_bytes,
+        optimizer,
+        gradients["buffers"] + model.gathered_bytes + _buffer_bytes(model),
+    )
+    reachable = gradients["buffers"]
+    if state.sharding.stage == 1:
+        reachable += gradients["gradients"]
+    return held, common, reachable, f"ZeRO stage {state.sharding.stage}"
+
+
+def _of_replica(model: nn.Module, optimizer: Any) -> tuple[Held, int, str]:
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(
+        p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None
+    )
+    strategy, reachable = "one process", 0
+    if isinstance(model, DistributedDataParallel):
+        strategy = "replicas"
+        gradients = max(gradients, model.bucket_bytes)
+        reachable = model.bucket_bytes
+    state = _state_bytes(optimizer) if optimizer is not None else 0
+    return Held(parameters, gradients, state, _buffer_bytes(model)), reachable, strategy
+
+
+def _formula_sharded(model: ShardedModule) -> float | None:
+    """Of a rank: parameters, gradients and state, each divided by those who share it."""
+    state, stage = model.state, model.state.sharding.stage
+    per_shard = _state_bytes(model.optimizer)
+    if not per_shard:
+        return None
+    parts = state.group.parts
+    parameters = gradients = masters = 0.0
+    for own in state.trained:
+        count, itemsize = own.space.layout.size, own.space.layout.dtype.itemsize
+        parameters += count * itemsize
+        gradients += count * state.gradient_dtype(own.space).itemsize
+        if state.memory.masters[own.number] is not None:
+            masters += count * state.memory.masters[own.number].itemsize
+    share = 1
+    if state.memory.common_bytes:
+        share = state.group.inner.size
+    elif stage == 3:
+        share = parts
+    frozen = sum(
+        own.space.layout.size * own.space.layout.dtype.itemsize
+        for own in state.spaces
+        if own not in state.trained
+    )
+    return (
+        (parameters + frozen) / share
+        + gradients / (parts if stage >= 2 else 1)
+        + masters / parts
+        + per_shard
+    )
+
+
+def _state_bytes(optimizer: Any) -> int:
+    inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
+    return sum(
+        value.numel() * value.element_size()
+        for values in inner.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+def _pss() -> int | None:
+    """This process's proportional set size: a page that k processes map counts as 1/k of it."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
+    return found[0] << 10 if found else None
