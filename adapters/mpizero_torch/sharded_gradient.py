@@ -21,7 +21,7 @@ class ShardedGradient(torch.Tensor):
 
     @classmethod
     def for_parameter(cls, parameter: torch.Tensor) -> ShardedGradient:
-        one = torch.empty(1, dtype=parameter.dtype, device=parameter.device)
+        one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
         found: ShardedGradient = one.expand(parameter.shape).as_subclass(cls)
         return found
 

@@ -22,8 +22,47 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from mpizero import MpizeroError
 from mpizero.progress import Handle
 from mpizero_torch import tensors
+
+
+class ReleasedParameter(nn.Parameter):
+    """A parameter whose values are not on this rank now: it has its form, and explains itself.
+
+    There is no memory behind it: to read there would crash the process.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", str(function))
+        reads = getattr(function, "__self__", None) is torch.Tensor.data and name == "__get__"
+        if reads or name not in _OF_FORM:
+            raise MpizeroError(
+                f"{name}() on a parameter of shape {tuple(args[0].shape)}, which is sharded over "
+                "the ranks: its values are gathered only while a module needs them. Read it inside "
+                "`with mz.gathered(model):`, or from model.state_dict()."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<parameter of shape {tuple(self.shape)}, {self.dtype}, sharded over the ranks>"
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise MpizeroError(
+            "A sharded parameter cannot be copied. Copy inside `with mz.gathered(model):`."
+        )
+
+
+# What may be asked of a parameter that has no values now.
+_OF_FORM = {
+    "__get__", "__set__", "__delete__", "__hash__", "__len__", "size", "dim", "numel", "nelement",
+    "element_size", "stride", "is_inference", "is_floating_point", "is_complex", "is_contiguous",
+    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+}  # fmt: skip
 
 
 class WholeSpace:
@@ -65,6 +104,7 @@ class Unit:
         self.name, self.root = name, root
         self.spaces: list[tuple[int, WholeSpace]] = []  # numbers in the parameter memory
         self.members: list[int] = []
+        self.parameters: list[tuple[nn.Parameter, Any]] = []  # and their classes
         self.uses = 0
         self._pending: list[Handle] = []
         self.is_there = False
@@ -73,6 +113,8 @@ class Unit:
         """Begin to gather, if it is not there already."""
         if not self.is_there:
             self.is_there = True
+            for parameter, kind in self.parameters:
+                parameter.__class__ = kind
             what = f"gathering the parameters of '{self.name or 'the module'}'"
             handles = [memory.gather(number, whole.make(), what) for number, whole in self.spaces]
             self._pending = [handle for handle in handles if handle is not None]
@@ -85,9 +127,15 @@ class Unit:
     def release(self) -> None:
         if self.is_there:
             self.wait()
-            for _, whole in self.spaces:
-                whole.drop()
-            self.is_there = False
+            self.drop()
+
+    def drop(self) -> None:
+        """Give the memory back, and let nobody read where it was."""
+        for _, whole in self.spaces:
+            whole.drop()
+        for parameter, _ in self.parameters:
+            parameter.__class__ = ReleasedParameter
+        self.is_there = False
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +195,10 @@ class UnitSchedule:
         self._unit_of = {
             id(self._parameters[index]): unit for unit in units for index in unit.members
         }
+        for unit in units:
+            members = [self._parameters[index] for index in unit.members]
+            unit.parameters = [(parameter, type(parameter)) for parameter in members]
+            unit.drop()
         self._stack: list[_Frame] = []
         self._coming: dict[int, set[int]] = {}  # of a unit in backward: gradients not come yet
         for part in module.modules():

@@ -35,6 +35,7 @@ class ShardHooks(BackwardHooks):
         hold: Callable[[int], torch.Tensor] | None,
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
+        forget_all: Callable[[], None],
         schedule: UnitSchedule | None,
     ) -> None:
         self._names = [name for name, _ in named]
@@ -42,6 +43,7 @@ class ShardHooks(BackwardHooks):
         self._targets: dict[tuple[int, int], list[_Target]] = {}
         self._hold, self._held = hold, dict[int, torch.Tensor]()
         self._on_reduced, self._before_pass = on_reduced, before_pass
+        self._forget_all = forget_all
         self._schedule = schedule
         self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
@@ -96,6 +98,7 @@ class ShardHooks(BackwardHooks):
         super()._begin()
 
     def shadow(self) -> bool:
+        self._forget_all()  # what the last step of this rank's own has left
         self._before_pass()
         self._came.clear()
         return super().shadow()

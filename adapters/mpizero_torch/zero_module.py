@@ -145,7 +145,8 @@ class ShardedModule(DistributedModule):
         if name not in names:
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
         index = names.index(name)
-        whole = torch.zeros(self._named[index][1].shape, device=self._state.device)
+        dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
+        whole = torch.zeros(self._named[index][1].shape, dtype=dtype, device=self._state.device)
         has = 0
         for run in self.optimizer.runs:
             for piece in run.pieces:
@@ -256,6 +257,7 @@ class ShardedModule(DistributedModule):
             hold=self._memory_to_hold(),
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,
+            forget_all=self._forget_gradients,
             schedule=self._schedule,
         )
 
