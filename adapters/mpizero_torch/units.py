@@ -71,21 +71,32 @@ class WholeSpace:
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.flat = torch.empty(size, dtype=dtype, device=device)
         self._nbytes = self.flat.untyped_storage().nbytes()
+        self._tenants: list[tuple[nn.Parameter, slice, tuple[int, ...]]] = []
         self.drop()
 
     def drop(self) -> None:
         """Give the memory back."""
+        if not self.flat.untyped_storage().resizable():
+            # Somebody has taken it as a numpy array, which keeps it: go on with other memory.
+            self.flat = torch.empty_like(self.flat)
+            for tenant in self._tenants:
+                self._place(*tenant)
         self.flat.untyped_storage().resize_(0)
 
-    def view(self, place: slice, shape: tuple[int, ...]) -> torch.Tensor:
-        """A parameter's place in it: a view that sees the memory come and go."""
-        strides = [1] * len(shape)
-        for axis in range(len(shape) - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * shape[axis + 1]
+    def settle(self, parameter: nn.Parameter, place: slice, shape: tuple[int, ...]) -> None:
+        """Let a parameter lie in it, and see the memory come and go."""
+        self._tenants.append((parameter, place, shape))
         self.flat.untyped_storage().resize_(self._nbytes)
-        found = self.flat.as_strided(shape, strides, place.start)
+        self._place(parameter, place, shape)
         self.drop()
-        return found
+
+    def leave(self, parameter: nn.Parameter) -> bool:
+        """A parameter moves out; returns whether nobody is left."""
+        self._tenants = [tenant for tenant in self._tenants if tenant[0] is not parameter]
+        return not self._tenants
+
+    def _place(self, parameter: nn.Parameter, place: slice, shape: tuple[int, ...]) -> None:
+        parameter.data = self.flat[place].view(shape)
 
     def make(self) -> Any:
         """Take memory; returns it as an array of the core."""

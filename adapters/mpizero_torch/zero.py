@@ -108,6 +108,8 @@ def zero(
         accumulate_in_float32,
         offload,
     )
+    if sharding.how == SHARDED:
+        _refuse_compiled(model)
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)
     module = ShardedModule(
@@ -177,6 +179,15 @@ def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
     if share:
         return COMMON
     return SHARDED if stage == 3 else WHOLE
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if any(isinstance(part, torch._dynamo.OptimizedModule) for part in model.modules()):
+        raise ArgumentError(
+            "zero()", "model", "compiled by torch.compile, for stage 3 without shared parameters",
+            "a plain module, or stage 1 or 2, or shared parameters",
+            "Its parameters come and go while it runs, which a compiled graph does not know.",
+        )  # fmt: skip
 
 
 def _refuse_for_replicas(*given: Any) -> None:

@@ -230,11 +230,12 @@ class ShardedState:
         """Let the parameter lie in the memory for it."""
         if self.sharding.how == SHARDED:
             unit = self.units[self._units[index]]
+            unit.spaces = [each for each in unit.spaces if not each[1].leave(parameter)]
             if own.number not in (number for number, _ in unit.spaces):
                 dtype = self._dtype(parameter)
                 unit.spaces.append((own.number, WholeSpace(own.space.size, dtype, self.device)))
             whole = dict(unit.spaces)[own.number]
-            parameter.data = whole.view(own.space.place(index), own.space.shape(index))
+            whole.settle(parameter, own.space.place(index), own.space.shape(index))
             if index not in unit.members:
                 unit.members.append(index)
         else:
