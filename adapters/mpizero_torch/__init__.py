@@ -1,4 +1,4 @@
-"""PyTorch on mpizero: data-parallel training in a few changed lines.
+"""PyTorch on mpizero: data-parallel and sharded training in a few changed lines.
 
     import mpizero_torch as mz
 
@@ -15,15 +15,13 @@ from __future__ import annotations
 from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, World
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.ddp import DistributedDataParallel
-from mpizero_torch.deferred import deferred
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
-from mpizero_torch.model_state import gathered
 from mpizero_torch.runtime import init
 from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
+from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.verify import VerifyReport, verify
-from mpizero_torch.zero import zero
 
 __all__ = [
     "ArgumentError",
@@ -33,6 +31,8 @@ __all__ = [
     "MismatchError",
     "MpizeroError",
     "ShardedLoader",
+    "ShardedModule",
+    "ShardedOptimizer",
     "ShardedSampler",
     "SyncBatchNorm",
     "VerifyReport",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpizero_torch.zero_module import ShardedModule
+from mpizero_torch.sharding.module import ShardedModule
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
-from mpizero_torch.zero_module import ShardedModule
-from mpizero_torch.zero_optimizer import ShardedOptimizer
+from mpizero_torch.sharding.module import ShardedModule
+from mpizero_torch.sharding.optimizer import ShardedOptimizer
 
 
 @dataclass(frozen=True)

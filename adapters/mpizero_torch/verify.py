@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero_torch.runtime import init
-from mpizero_torch.zero import zero
+from mpizero_torch.sharding.zero import zero
 
 Build = Callable[[], tuple[nn.Module, torch.optim.Optimizer, Callable[..., torch.Tensor]]]
 

@@ -25,9 +25,9 @@ from mpizero.engine import (
     cut_flat,
 )
 from mpizero_torch import tensors
-from mpizero_torch.offload import StateOnDisk, pinned_zeros
-from mpizero_torch.shard_runs import Run, parameter_runs, slice_runs
-from mpizero_torch.units import Unit, WholeSpace
+from mpizero_torch.sharding.offload import StateOnDisk, pinned_zeros
+from mpizero_torch.sharding.runs import Run, parameter_runs, slice_runs
+from mpizero_torch.sharding.units import Unit, WholeSpace
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpizero_torch import tensors
-from mpizero_torch.shard_runs import Run
+from mpizero_torch.sharding.runs import Run
 
 
 def pinned_zeros(count: int, dtype: Any) -> Any:

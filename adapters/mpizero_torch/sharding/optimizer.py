@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from mpizero import MpizeroError
-from mpizero_torch.offload import with_gradients
-from mpizero_torch.optimizer_state import consolidate, distribute
-from mpizero_torch.shard_runs import Run, split
+from mpizero_torch.sharding.offload import with_gradients
+from mpizero_torch.sharding.optimizer_state import consolidate, distribute
+from mpizero_torch.sharding.runs import Run, split
 
 if TYPE_CHECKING:
-    from mpizero_torch.zero_module import ShardedModule
+    from mpizero_torch.sharding.module import ShardedModule
 
 
 class ShardedOptimizer(torch.optim.Optimizer):

@@ -61,7 +61,8 @@ class ReleasedParameter(nn.Parameter):
 _OF_FORM = {
     "__get__", "__set__", "__delete__", "__hash__", "__len__", "size", "dim", "numel", "nelement",
     "element_size", "stride", "is_inference", "is_floating_point", "is_complex", "is_contiguous",
-    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "empty_like",
+    "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full",
 }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder
 from mpizero_torch import tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
-from mpizero_torch.sharded_gradient import ShardedGradient, values_of
-from mpizero_torch.units import UnitSchedule
+from mpizero_torch.sharding.stand_in import ShardedGradient, values_of
+from mpizero_torch.sharding.units import UnitSchedule
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 _Target = tuple[int, slice | None, torch.Tensor]

@@ -12,14 +12,14 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, WHOLE, ShardGroup
 from mpizero_torch.ddp import DistributedDataParallel
-from mpizero_torch.element_wise import choose_partition
-from mpizero_torch.loss_scale import LossScale
-from mpizero_torch.offload import StateOnDisk
 from mpizero_torch.runtime import init
+from mpizero_torch.sharding.element_wise import choose_partition
+from mpizero_torch.sharding.loss_scale import LossScale
+from mpizero_torch.sharding.module import ShardedModule
+from mpizero_torch.sharding.offload import StateOnDisk
+from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.state import Sharding
 from mpizero_torch.wrapper import DistributedModule
-from mpizero_torch.zero_module import ShardedModule
-from mpizero_torch.zero_optimizer import ShardedOptimizer
-from mpizero_torch.zero_state import Sharding
 
 SEGMENT_MB = 8.0
 

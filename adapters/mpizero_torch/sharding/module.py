@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_map
 from mpizero import ArgumentError
 from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
 from mpizero_torch import batch_weight
-from mpizero_torch.deferred import Initialise, Initialiser
-from mpizero_torch.loss_scale import LossScale
-from mpizero_torch.model_state import load_whole, whole_state_dict
-from mpizero_torch.offload import StateOnDisk
 from mpizero_torch.replicate import Buffers
-from mpizero_torch.units import Unit, UnitSchedule, find_units
+from mpizero_torch.sharding.deferred import Initialise, Initialiser
+from mpizero_torch.sharding.hooks import ShardHooks
+from mpizero_torch.sharding.loss_scale import LossScale
+from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
+from mpizero_torch.sharding.offload import StateOnDisk
+from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
+from mpizero_torch.sharding.state import ShardedState, Sharding
+from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
-from mpizero_torch.zero_hooks import ShardHooks
-from mpizero_torch.zero_optimizer import ShardedOptimizer, no_gradients
-from mpizero_torch.zero_state import ShardedState, Sharding
 
 
 class ShardedModule(DistributedModule):
@@ -72,6 +72,11 @@ class ShardedModule(DistributedModule):
     def optimizer(self) -> ShardedOptimizer:
         """The optimizer that was made with this module."""
         return self._optimizer[0]
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by on their way (float16), the same on all ranks; or 1."""
+        return self._unscale()
 
     @property
     def sharder(self) -> GradientSharder:

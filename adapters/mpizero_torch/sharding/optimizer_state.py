@@ -15,7 +15,7 @@ import torch
 
 from mpizero import ArgumentError
 from mpizero.engine import ShardGroup
-from mpizero_torch.shard_runs import Run, split
+from mpizero_torch.sharding.runs import Run, split
 
 _NUMBERED = "step"  # counts steps: never a number for each element, never rounded to another dtype
 

@@ -12,8 +12,8 @@ from torch import nn
 from mpizero import ArgumentError
 from mpizero.engine import COMMON
 from mpizero_torch.replicate import broadcast_tensors
+from mpizero_torch.sharding.state import ShardedState
 from mpizero_torch.wrapper import DistributedModule
-from mpizero_torch.zero_state import ShardedState
 
 
 def whole_state_dict(
