@@ -35,17 +35,22 @@ QUICK_STEPS = ("--steps", "1")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script of this folder on some ranks; ``name`` is that of the files that it writes."""
+    """A script of this folder on some ranks; ``name`` is that of the files that it writes.
+
+    ``launches``: it starts its ranks itself.
+    """
 
     name: str
     ranks: int
     script: str
     arguments: Sequence[str]
+    launches: bool = False
 
     def command(self, out: Path) -> list[str]:
         """What runs it, in the project's folder."""
+        launcher = [] if self.launches else mpirun_command(sys.executable, self.ranks)
         return [
-            *mpirun_command(sys.executable, self.ranks),
+            *launcher,
             *(sys.executable, f"benchmarks/{self.script}", *self.arguments),
             *("--json", str(self.json(out)), "--plot", str(self.json(out).with_suffix(".png"))),
         ]
@@ -68,12 +73,36 @@ def benchmarks(ranks: Sequence[int], openmpi: bool, quick: bool) -> Iterator[Ben
             steps = QUICK_STEPS if quick else ()
             arguments = ("--model", model, *steps, *alone)
             yield Benchmark(f"train{mark}-{model}-{n}", n, "train_step.py", arguments)
+        yield from zero(n, mark, quick)
+
+
+def zero(n: int, mark: str, quick: bool) -> Iterator[Benchmark]:
+    """ZeRO beside replicas; with MPICH also beside what torch has for it, and all their memory."""
+    steps = QUICK_STEPS if quick else ()
+    for model in ("mlp200", "gpt2"):
+        ours = ("torch-ddp", "zero1", "zero2", *(("zero3",) if n == 2 or model == "mlp200" else ()))
+        contestants = ",".join(("no-update", *ours) if n == 2 or model == "mlp200" else ours)
+        arguments = ("--model", model, "--contestants", contestants, *steps)
+        yield Benchmark(f"zero{mark}-{model}-{n}", n, "train_step.py", arguments)
+    if mark:
+        return
+    # All of them at once would not fit 24 GB on four ranks.
+    peers = (
+        "torch-ddp,torch-zero1,fsdp2,zero3,zero3-private" if n == 2 else "fsdp2,zero3,zero3-private"
+    )
+    few = steps or ("--steps", "5")
+    arguments = ("--model", "gpt2", "--contestants", peers, *few)
+    yield Benchmark(f"zero3-gpt2-{n}", n, "train_step.py", arguments)
+    yield Benchmark(f"memory-gpt2-{n}", n, "memory.py", ("--ranks", str(n)), launches=True)
 
 
 def run(command: Sequence[str]) -> None:
     """Print a command and run it in the project's folder; end here if it fails."""
     print(f"\n>>> {shlex.join(command)}", flush=True)
-    with started(command, cwd=ROOT, env=launch_environment()) as process:
+    environment = launch_environment()
+    folders = (ROOT, ROOT / "adapters", ROOT / "tests")
+    environment["PYTHONPATH"] = ":".join(map(str, folders))
+    with started(command, cwd=ROOT, env=environment) as process:
         if status := process.wait():
             sys.exit(f"the command above failed with status {status}")
 

@@ -428,3 +428,12 @@ def test_deferred_models(way: dict[str, Any]) -> None:
         else:
             found, _ = mz.zero(bare, adamw(bare.parameters()), initialise=initialise, **way)
             assert torch.equal(found.state_dict()["weight"], torch.full((40,), 3.0))
+
+
+@several_ranks
+def test_a_join_wants_the_optimizer() -> None:
+    """Ranks that are done must take part in the others' updates."""
+    _, its, model, _ = pair({"stage": 2})
+    for wrong in (None, its):
+        with pytest.raises(mz.ArgumentError, match="optimizer"), model.join(wrong):
+            pass

@@ -94,6 +94,19 @@ class ShardedModule(DistributedModule):
         args, kwargs = tree_map(self._narrow, (args, kwargs))
         return tree_map(self._widen, super().forward(*args, **kwargs))
 
+    @contextmanager
+    def join(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        """For loops that may end earlier on some ranks: see ``DistributedDataParallel.join``.
+
+        Ranks that are done take part in the others' updates too, so it wants the optimizer. Raises
+        ArgumentError without it.
+        """
+        if optimizer is not self.optimizer:
+            given = "nothing" if optimizer is None else "another optimizer"
+            raise ArgumentError("join()", "optimizer", given, "the one that mz.zero() gave back")
+        with super().join(optimizer):
+            yield
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as the optimizer's does."""
         self.optimizer.zero_grad(set_to_none)
