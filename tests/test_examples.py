@@ -19,7 +19,6 @@ TINY_GPT += ["--text", str(ROOT / "mpizero/api/world.py")]
 # (program, options, the option for the batch size of a rank, one process's batch size)
 EXAMPLES = {
     "gpt": ("train_gpt.py", TINY_GPT, 8),
-    "gpt, ZeRO 1": ("train_gpt.py", [*TINY_GPT, "--strategy", "zero1"], 8),
     "gpt, ZeRO 3": ("train_gpt.py", [*TINY_GPT, "--strategy", "zero3"], 8),
     "digits": ("train_digits.py", ["--sync-batch-norm"], 24),
     "numpy": ("numpy_only.py", [], 32),

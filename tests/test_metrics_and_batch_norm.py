@@ -22,6 +22,7 @@ def test_mean_and_sum_of_numbers_tensors_and_dicts() -> None:
     size, rank = world.size, world.rank
     assert mz.mean(float(rank)) == (size - 1) / 2
     assert mz.mean(torch.tensor(float(rank), requires_grad=True)) == (size - 1) / 2
+    assert mz.mean(1 / 3) == pytest.approx(1 / 3, rel=1e-15)  # a Python float has 53 bits
     assert mz.sum(3) == 3 * size and isinstance(mz.sum(3), int)
     assert mz.sum({"right": rank, "loss": 0.5}) == {
         "right": size * (size - 1) // 2,

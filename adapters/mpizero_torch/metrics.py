@@ -54,7 +54,8 @@ def _flatten(value: Value) -> torch.Tensor:
         if any(part.numel() != 1 for part in parts):
             raise ArgumentError("mean()", "value", "a dict with arrays", "a dict of numbers")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-    tensor = torch.as_tensor(value).detach()
+    dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
+    tensor = torch.as_tensor(value, dtype=dtype).detach()
     return tensor.to(device="cpu", dtype=torch.float64, copy=True).reshape(-1)
 
 
