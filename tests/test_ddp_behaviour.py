@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -408,3 +410,14 @@ def test_more_gradients_than_before_are_an_error_not_a_race(
         model(x.requires_grad_(), "abc", reentrant=True).sum().backward()
     with pytest.raises(mz.MismatchError, match="overlap=False"):
         model(x.requires_grad_(), "abcabc", reentrant=True).sum().backward()
+
+
+@ranks
+def test_wrapped_modules_are_let_go() -> None:
+    """torch keeps hooks where Python's collector does not see them."""
+    model = mz.DistributedDataParallel(Net())
+    loss_of(model, 1).backward()
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -437,3 +439,17 @@ def test_a_join_wants_the_optimizer() -> None:
     for wrong in (None, its):
         with pytest.raises(mz.ArgumentError, match="optimizer"), model.join(wrong):
             pass
+
+
+@ranks
+@pytest.mark.parametrize("way", STAGES)
+def test_models_are_let_go(way: dict[str, Any]) -> None:
+    """torch keeps hooks where Python's collector does not see them."""
+    _, _, model, optimizer = pair(way)
+    x, y = KIND.batch(2, 0)
+    loss(model, x, y).backward()
+    optimizer.step()
+    kept = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert kept() is None

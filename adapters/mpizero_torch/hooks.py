@@ -8,6 +8,7 @@ their gradients in nested backward passes, whose end is not the end of the whole
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -76,7 +77,7 @@ class BackwardHooks(ABC):
         """
         if not self._scales:
             self._scales = True
-            self._handles += [p.register_hook(self._on_incoming) for p in self._parameters]
+            self._handles += [p.register_hook(self._weakly_incoming()) for p in self._parameters]
 
     def watch_output(self, output: Any) -> None:
         """Let backward through ``output`` (tensors, however nested) announce itself."""
@@ -112,6 +113,15 @@ class BackwardHooks(ABC):
     def _on_output(self, gradient: torch.Tensor) -> None:
         self._begin()
 
+    def _weakly_incoming(self) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        found = weakref.ref(self)
+
+        def incoming(gradient: torch.Tensor) -> torch.Tensor | None:
+            hooks = found()
+            return None if hooks is None else hooks._on_incoming(gradient)
+
+        return incoming
+
     def _on_incoming(self, gradient: torch.Tensor) -> torch.Tensor | None:
         self._begin()
         if self._weight.value == 1.0:
@@ -121,13 +131,18 @@ class BackwardHooks(ABC):
         return gradient * self._weight.value
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
-        # Called once per parameter and step, hundreds of times: nothing here that can wait.
-        def accumulated(parameter: torch.Tensor) -> None:
-            if not self._in_backward:
-                self._begin()
-            ready(index)
+        # Called once per parameter and step, hundreds of times: nothing here that can wait. torch
+        # keeps hooks where Python's collector does not see them: strong references would keep this
+        # module, and its memory, for good.
+        found = weakref.ref(self)
 
-        ready = self._reducer.ready
+        def accumulated(parameter: torch.Tensor) -> None:
+            hooks = found()
+            if hooks is not None:
+                if not hooks._in_backward:
+                    hooks._begin()
+                hooks._reducer.ready(index)
+
         return accumulated
 
     def _begin(self) -> None:

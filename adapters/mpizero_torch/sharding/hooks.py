@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -105,16 +106,19 @@ class ShardHooks(BackwardHooks):
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
         announce = super()._on_accumulated(index)
-        schedule = self._schedule
-        if self._hold is None and schedule is None:
+        if self._hold is None and self._schedule is None:
             return announce
+        found = weakref.ref(self)
 
         def accumulated(parameter: torch.Tensor) -> None:
-            if schedule is not None:
-                schedule.gradient_came(index)
+            hooks = found()
+            if hooks is None:
+                return
+            if hooks._schedule is not None:
+                hooks._schedule.gradient_came(index)
             announce(parameter)
-            if not self._owner._synchronise:
-                self._put_aside(index)
+            if not hooks._owner._synchronise:
+                hooks._put_aside(index)
 
         return accumulated
 
