@@ -449,7 +449,7 @@ def test_models_are_let_go(way: dict[str, Any]) -> None:
     x, y = KIND.batch(2, 0)
     loss(model, x, y).backward()
     optimizer.step()
-    kept = weakref.ref(model)
+    kept = [weakref.ref(each) for each in (model, model.module, model.state, optimizer)]
     del model, optimizer
     gc.collect()
-    assert kept() is None
+    assert [each() for each in kept] == [None] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def test_state_on_disk_is_the_same(
     states = [each.state_dict() for each in (here[0], there[0])]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert any(tmp_path.rglob("*.bin"))
+    del there
+    gc.collect()
+    assert not any(tmp_path.rglob("*.bin"))
 
 
 def linear() -> nn.Module:

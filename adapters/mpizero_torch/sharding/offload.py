@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,14 +58,15 @@ def _arrived(run: Run, gradient: torch.Tensor, event: Any) -> tuple[Run, torch.T
 
 
 class StateOnDisk:
-    """Keeps tensors of state in memory-mapped files of a folder of its own, gone at exit.
+    """Keeps tensors of state in memory-mapped files of a folder of its own, gone with it.
 
     The kernel writes pages back and drops them as it needs the room. ``folder``: on a local disk;
     by default where temporary files go (which may be memory, on some machines).
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mpizero-state-", dir=folder)
+        self._folder = Path(tempfile.mkdtemp(prefix="mpizero-state-", dir=folder))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, too
         self._known: dict[int, torch.Tensor] = {}
         self._count = 0
         self.nbytes = 0
@@ -82,7 +85,7 @@ class StateOnDisk:
     def zeros(self, count: int, dtype: Any) -> Any:
         """A zeroed 1-D array in a file."""
         self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.bin"
+        path = self._folder / f"{self._count}.bin"
         dtype = np.dtype(dtype)
         nbytes = max(1, count) * dtype.itemsize
         mapped = np.memmap(path, np.uint8, "w+", shape=(nbytes,))

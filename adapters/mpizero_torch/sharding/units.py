@@ -211,6 +211,7 @@ class UnitSchedule:
             members = [self._parameters[index] for index in unit.members]
             unit.parameters = [(parameter, type(parameter)) for parameter in members]
             unit.drop()
+        self._handles: list[Any] = []  # of hooks that wait for several gradients
         self._stack: list[_Frame] = []
         self._coming: dict[int, set[int]] = {}  # of a unit in backward: gradients not come yet
         for part in module.modules():
@@ -234,6 +235,9 @@ class UnitSchedule:
 
     def end_of_backward(self) -> None:
         """Nothing is needed any more."""
+        for handle in self._handles:  # they and the graph would keep each other for good
+            handle.remove()
+        self._handles.clear()
         self._coming.clear()
         self._stack.clear()
         for unit in self._units:
@@ -325,7 +329,7 @@ class UnitSchedule:
         for leaf in outputs:
             leaf.register_hook(before)
         if inputs:
-            register_multi_grad_hook(inputs, after)
+            self._handles.append(register_multi_grad_hook(inputs, after))
 
     def _await_gradients(self, unit: Unit) -> None:
         """Release it when all its gradients have come, if nothing else in it can be needed."""
