@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from support.launch import (
     started,
 )
 
+_ENDING = 60  # lines kept of each launch
 _NO_TESTS = 5  # pytest's status when the selection is empty
 _CLOSING_LINE = re.compile(
     r"=* ?(.*\b(passed|failed|deselected|errors?|ran)\b.* in [\d.]+s.*?)[ =]*"
@@ -73,6 +75,7 @@ class Outcome:
     verdict: str
     closing_line: str
     seconds: float
+    ending: str  # the last lines, which say why if it failed
 
 
 def run(launch: Launch, arguments: Sequence[str], timeout: float) -> Outcome:
@@ -81,6 +84,7 @@ def run(launch: Launch, arguments: Sequence[str], timeout: float) -> Outcome:
     print(f"\n>>> {launch.name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     closing_line = ""
+    ending: deque[str] = deque(maxlen=_ENDING)
     late = threading.Event()
     with tempfile.TemporaryDirectory(prefix="mpizero-tests-") as logs:
         # One hash seed for all ranks: sets then have the same order on each.
@@ -91,19 +95,23 @@ def run(launch: Launch, arguments: Sequence[str], timeout: float) -> Outcome:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
+                ending.append(line)
                 if found := _CLOSING_LINE.fullmatch(_COLOURS.sub("", line.strip())):
                     closing_line = found[1]
             process.wait()
             timer.cancel()
-        _show_logs_left_behind(Path(logs))
+        left_behind = _logs_left_behind(Path(logs))
+        print(left_behind, end="", flush=True)
+        ending.append(left_behind)
     seconds = time.monotonic() - start
     if late.is_set():
-        return Outcome(launch, False, "TIMED OUT", closing_line, seconds)
-    if process.returncode == _NO_TESTS:
-        return Outcome(launch, True, "no tests", closing_line, seconds)
-    passed = process.returncode == 0
-    verdict = "ok" if passed else f"FAILED ({process.returncode})"
-    return Outcome(launch, passed, verdict, closing_line, seconds)
+        passed, verdict = False, "TIMED OUT"
+    elif process.returncode == _NO_TESTS:
+        passed, verdict = True, "no tests"
+    else:
+        passed = process.returncode == 0
+        verdict = "ok" if passed else f"FAILED ({process.returncode})"
+    return Outcome(launch, passed, verdict, closing_line, seconds, "".join(ending))
 
 
 def _kill(process: Popen[str], late: threading.Event) -> None:
@@ -112,11 +120,13 @@ def _kill(process: Popen[str], late: threading.Event) -> None:
     end(process)
 
 
-def _show_logs_left_behind(logs: Path) -> None:
+def _logs_left_behind(logs: Path) -> str:
     """Ranks delete their logs at the end of their session: what is left is of a rank that died."""
+    shown = ""
     for log in sorted(logs.glob("*.log")):
         tail = "\n".join(log.read_text().splitlines()[-50:])
-        print(f"\n>>> {log.stem} did not end its session; its log ends:\n{tail}", flush=True)
+        shown += f"\n>>> {log.stem} did not end its session; its log ends:\n{tail}\n"
+    return shown
 
 
 def main() -> int:
@@ -138,6 +148,9 @@ def main() -> int:
         for number, python in enumerate(options.pythons)
         for ranks in counts
     ]
+    for o in outcomes:
+        if not o.passed:  # once more, where those who see only the end of a log will find it
+            print(f"\n>>> how {o.launch.name} ended\n{o.ending}")
     print("\n>>> all launches")
     for o in outcomes:
         print(f"{o.launch.name:18} {o.verdict:12} {o.seconds:6.1f} s   {o.closing_line}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from mpizero.collectives.transport import MpiTransport
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A world of nodes with two ranks each (the last with one if the count is odd)."""
     monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", "2")
     part = mpizero.init().split(0)
     assert part is not None
-    return part
+    yield part
+    part.close()
 
 
 def pattern(rank: int, count: int, dtype: object) -> np.ndarray:

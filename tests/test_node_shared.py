@@ -168,6 +168,7 @@ def test_without_room_it_goes_on_in_private_memory(monkeypatch: pytest.MonkeyPat
         assert not messages
     small = world.allocate(100, np.float32)
     assert world._node_memory.spot(small) != NOWHERE
+    world.close()
 
 
 @several_ranks
@@ -188,6 +189,7 @@ def test_without_room_for_anything_mpi_does_it_all(
             assert (world.allreduce(array, algorithm=name) == expected).all()
     with pytest.raises(mpizero.MismatchError):
         world.allreduce(np.ones(2 if world.rank else 3))
+    world.close()
 
 
 @pytest.mark.parallel([2, 4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -53,6 +54,45 @@ def test_splitting() -> None:
     assert (some is None) == (world.rank != 0)
     with pytest.raises(mpizero.ArgumentError, match="color"):
         world.split(-3)
+    for part in (some, alone, half):
+        if part is not None:
+            part.close()
+
+
+@ranks
+def test_a_closed_world_refuses_everything_but_its_arrays_live_on() -> None:
+    world = mpizero.init().split(0)
+    assert world is not None
+    array = world.allocate(1000, np.float64)
+    array[...] = 3.0
+    handle = world.allreduce(array, asynchronous=True)
+    world.close()
+    world.close()
+    assert (handle.wait() == 3.0 * world.size).all() and (array == 3.0 * world.size).all()
+    for use in (lambda: world.allreduce(np.ones(3)), lambda: world.split(0), world.barrier):
+        if world.size > 1 or use is not world.barrier:
+            with pytest.raises(LaunchError, match="has been closed"):
+                use()
+    comm = MPI.COMM_WORLD.Dup()
+    first = mpizero.init(comm)
+    first.close()
+    second = mpizero.init(comm)
+    assert second is not first and second.allreduce(1) == second.size
+    second.close()
+    comm.Free()
+
+
+@pytest.mark.parallel([2, 4])
+@pytest.mark.parametrize("nodes", ["one", "several"])
+def test_closed_worlds_leave_room_for_others(nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPICH has 2048 communicators for a process, windows included; a world takes up to nine."""
+    if nodes == "several":
+        monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", "1")
+    for _ in range(450):
+        world = mpizero.init().split(0)
+        assert world is not None
+        assert world.allreduce(1) == world.size
+        world.close()
 
 
 LAUNCHES = {

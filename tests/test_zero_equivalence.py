@@ -382,3 +382,4 @@ def test_several_nodes(
             loss(each, *part).backward()
             optim.step()
     assert_same_state(optimizer.state_dict(), theirs.state_dict(), torch.float64)
+    world.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
-from mpizero.errors import MismatchError
+from mpizero.errors import LaunchError, MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
@@ -89,6 +89,11 @@ class Caller:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work)
 
+    def close(self) -> None:
+        """Give back what the algorithms have of their own. Collective."""
+        self._blocking.close()
+        self._background.close()
+
     @property
     def plans(self) -> Plans | None:
         """What is known of blocking all-reduces that have come before, where that is kept."""
@@ -121,3 +126,10 @@ class Caller:
             self._worker.submit(tell).wait()
         else:
             tell()
+
+
+class ClosedCaller:
+    """Stands where the caller of a closed world stood, and refuses everything."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise LaunchError("This World has been closed: init() or split() makes another.")

@@ -44,12 +44,12 @@ def init(comm: MPI.Intracomm | None = None) -> World:
     if _keyval is None:
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
-    if world is None:
+    if world is None or world.closed:
         world = World(comm, device)
-        install_abort_hooks(world.comm)
+        install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)
-        _worlds.append(world)
+        _worlds[:] = [*(known for known in _worlds if not known.closed), world]
         comm.Set_attr(_keyval, world)
     return world
 
@@ -72,5 +72,6 @@ def _refuse_children(launch: Launch | None) -> None:
 
 def _leave() -> None:
     for world in _worlds:
-        abort_if_failed(world.comm)
-        world.close()
+        if not world.closed:
+            abort_if_failed(world.comm)
+            world.finish()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpizero.api.call import Call, Caller
+from mpizero.api.call import Call, Caller, ClosedCaller
 from mpizero.collectives import tuning
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
@@ -46,10 +46,12 @@ class World(Group):
         self._worker = Worker(overlaps(self), device.activate)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
-        self._caller = Caller(
+        self._caller: Any = Caller(
             self, self._worker, self.cuda_awareness.enabled, self._node_memory, self.tuning
         )
+        self.closed = False
         self._plans = self._caller.plans
+        self._parts: dict[str, World] = {}
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness)
@@ -67,7 +69,8 @@ class World(Group):
     def split(self, color: int | None, key: int | None = None) -> World | None:
         """Part the ranks into sub-worlds: one for each ``color``, ordered by ``key``, then rank.
 
-        Collective (MPI 4.1, section 7.4.2). Ranks that give None get None.
+        Collective (MPI 4.1, section 7.4.2). Ranks that give None get None. MPIs have room for some
+        hundreds of sub-worlds at a time: ``close()`` those that are done.
         """
 
         def prepare() -> Call:
@@ -78,6 +81,18 @@ class World(Group):
         self._caller.perform(prepare, False)
         comm = self.split_comm(color, self.rank if key is None else key)
         return None if comm is None else World(comm, self.device, self.cuda_awareness)
+
+    def part(self, name: str, color: int) -> World:
+        """The sub-world of the ranks that give the same ``color``: one and the same for a name.
+
+        Collective when a name is new. For the engine, which would split anew for every model.
+        """
+        if name not in self._parts:
+            part = self.split(color)
+            if part is None:
+                raise RuntimeError("every rank belongs to a part")
+            self._parts[name] = part
+        return self._parts[name]
 
     def allreduce(
         self,
@@ -254,7 +269,7 @@ class World(Group):
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """The algorithms that there are for a collective ("all_reduce", ...) in this world."""
-        return self._caller.algorithms(collective)
+        return tuple(self._caller.algorithms(collective))
 
     def native_allreduce(self, array: Any) -> Callable[[], None]:
         """The MPI library's all-reduce of ``array``, in place, as mpi4py calls it: to compare."""
@@ -319,11 +334,31 @@ class World(Group):
         """
         self._caller.start(Call(what, lambda run, parts: None, items=items), False)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Finish what is under way and end the progress thread (done at exit by itself)."""
         self._worker.close()
         if self._node is not None:
+            self._node.finish()
+
+    def close(self) -> None:
+        """Finish what is under way and give communicators and shared memory back.
+
+        Collective; a second time it does nothing. Arrays that ``allocate`` gave may be used
+        further, but whatever else is asked of a closed World raises LaunchError. Not needed at
+        exit.
+        """
+        if self.closed:
+            return
+        self.barrier()
+        self._worker.close()
+        if self._node is not None:
             self._node.close()
+        while self._parts:
+            self._parts.popitem()[1].close()
+        self._caller.close()
+        self._node_memory.close()
+        self.free()
+        self._caller, self._plans, self.closed = ClosedCaller(), None, True
 
     def _reduce_scalar(self, x: Any, op: str, asynchronous: bool, algorithm: str) -> Any:
         if asynchronous:

@@ -238,6 +238,12 @@ class Dispatch:
             own.append(Hierarchical(self.comm, levels, node, self._device, threaded))
         self._algorithms = {algorithm.name: algorithm for algorithm in own}
 
+    def close(self) -> None:
+        """Give back what the algorithms have of their own. Collective."""
+        found = self._algorithms.get(Hierarchical.name)
+        if isinstance(found, Hierarchical):
+            found.close()
+
     def _choose(
         self, name: str, collective: str, array: Any, op: str | None, lies_shared: bool = False
     ) -> Algorithm:

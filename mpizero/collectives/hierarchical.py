@@ -60,6 +60,12 @@ class Levels:
         rank_at = tuple(tuple(nodes[leader]) for leader in sorted(nodes))
         return cls(node, None if column == mpi.COMM_NULL else column, columns, rank_at)
 
+    def free(self) -> None:
+        """Give the communicators back. Collective."""
+        self.node.Free()
+        if self.column is not None:
+            self.column.Free()
+
     @property
     def even(self) -> bool:
         """Do all nodes have the same number of ranks?"""
@@ -91,6 +97,12 @@ class Hierarchical(Algorithm):
             self._ring, self._halving = Ring(transport), HalvingDoubling(transport)
         # The network's part of the pipeline; needs MPI_THREAD_MULTIPLE.
         self._network = ThreadPoolExecutor(1, "mpizero-network") if threaded else None
+
+    def close(self) -> None:
+        """Collective."""
+        if self._network is not None:
+            self._network.shutdown()
+        self._levels.free()
 
     def all_reduce(self, array: Any, op: Operation) -> None:
         """Combine in the node, across nodes, and share in the node: a pipeline over chunks."""

@@ -45,7 +45,7 @@ class ShardGroup:
             if shard_group == world.size:
                 self.inner = world
             else:
-                self.inner = _part(world, world.rank // shard_group)
+                self.inner = world.part(f"groups of {shard_group}", world.rank // shard_group)
         else:
             raise ArgumentError(
                 "zero()",
@@ -55,7 +55,8 @@ class ShardGroup:
                 f"{world.size} ranks",
             )
         if self.inner.size < world.size:
-            self.outer = _part(world, self.inner.rank)
+            inside = "nodes" if self.inner is world.node else f"groups of {shard_group}"
+            self.outer = world.part(f"across {inside}", self.inner.rank)
         self._across = self.outer.size if self.outer is not None and self._splits else 1
         self.parts = self.inner.size * self._across
         self.copies = world.size // self.parts
@@ -184,10 +185,3 @@ class ShardGroup:
         start = blocks[first].start
         own = blocks[first : first + self._across]
         return [slice(block.start - start, block.stop - start) for block in own]
-
-
-def _part(world: World, color: int) -> World:
-    part = world.split(color)
-    if part is None:
-        raise RuntimeError("every rank belongs to a part")
-    return part

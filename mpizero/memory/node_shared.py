@@ -86,6 +86,7 @@ class NodeMemory:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
         self._windows: dict[int, Window] = {}  # by number, the same on all ranks of the node
+        self._own: list[Window] = []  # no arrays: whoever asked for them has them until the end
         self._dead: set[int] = set()
         self._next = 0
         # (address of the own part, number), sorted. Replaced, never changed: the progress thread
@@ -123,8 +124,14 @@ class NodeMemory:
         return self._lend(window, self._keep(window), dtype)
 
     def window(self, nbytes: int, share: float = 1.0) -> Window | None:
-        """A window for good; None if it would take more than ``share`` of the room. Collective."""
-        return Window(self.comm, nbytes) if self._fits(nbytes, share) is None else None
+        """A window until ``close``; None if it would take more than ``share`` of the room.
+
+        Collective.
+        """
+        if self._fits(nbytes, share) is not None:
+            return None
+        self._own.append(Window(self.comm, nbytes))
+        return self._own[-1]
 
     def spot(self, array: Any) -> int:
         """Where a contiguous array lies in node-shared memory, as one integer; else ``NOWHERE``.
@@ -158,9 +165,13 @@ class NodeMemory:
             self._free(number)
 
     def close(self) -> None:
-        """Free everything, used or not. Collective over the node."""
-        for number in sorted(self._windows):
-            self._free(number)
+        """Free what nobody uses any more. Collective over the node.
+
+        Arrays that are still in use on some rank stay where they are, to the end of the process.
+        """
+        self.reclaim()
+        while self._own:
+            self._own.pop().free()
 
     @property
     def nbytes(self) -> int:

@@ -74,7 +74,7 @@ class Group:
         return mpi.UNDEFINED not in ranks
 
     def free(self) -> None:
-        """Give the communicators back (collective over the group)."""
+        """Give the communicators back. Collective."""
         for comm in (self.node_comm, self.background, self.comm):
             comm.Free()
 
