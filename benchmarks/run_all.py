@@ -1,6 +1,6 @@
 """The benchmarks that docs/performance.md reports, with the MPI of the Python that runs this.
 
-    .venv/bin/python benchmarks/run_all.py [--quick] [--out FOLDER] [--ranks 2,4]
+    .venv/bin/python benchmarks/run_all.py [--quick] [--out FOLDER] [--ranks 2,4] [--only zero]
 
 Writes a JSON file and a figure for each, whose names tell Open MPI's from MPICH's, and prints the
 tables in the end. What is measured between nodes (between_nodes.py) needs several, and is left out.
@@ -113,6 +113,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
+    parser.add_argument(
+        "--only", action="append", metavar="PREFIX", help="those whose names begin so; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="only to see that everything runs")
     parser.add_argument("--out", type=Path, default=FIGURES, help="default: docs/figures")
     options = parser.parse_args()
@@ -122,7 +125,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     counts = [int(count) for count in options.ranks.split(",")]
     openmpi = is_openmpi(find_mpirun(sys.executable))
-    every = list(benchmarks(counts, openmpi, options.quick))
+    every = [
+        each
+        for each in benchmarks(counts, openmpi, options.quick)
+        if each.name.startswith(tuple(options.only or [""]))
+    ]
+    if not every:
+        parser.error(f"no benchmark's name begins with {' or '.join(options.only)}")
     for each in every:
         run(each.command(out))
     run([sys.executable, "benchmarks/tables.py", *(str(each.json(out)) for each in every)])

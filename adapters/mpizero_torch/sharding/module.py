@@ -28,8 +28,8 @@ from mpizero_torch.wrapper import DistributedModule
 class ShardedModule(DistributedModule):
     """A module that trains with its optimizer state, gradients and parameters sharded.
 
-    Made by ``mz.zero``. Used like the module; ``.grad`` of its parameters is None after backward,
-    for the gradients' mean is in the optimizer's shards.
+    Made by ``mz.zero``. Used like the module. After backward the gradients' mean is in the
+    optimizer's shards, and ``.grad`` of the parameters is a stand-in that says so when it is read.
     """
 
     _hooks: ShardHooks
