@@ -145,6 +145,18 @@ def test_an_error_that_a_sub_world_raises_is_printed_once() -> None:
     assert "[rank 1]   rank 1: allreduce(float64, shape (5,)" in result.stderr
 
 
+def test_the_end_comes_whatever_was_closed_before() -> None:
+    """Windows that ranks number differently: those of a world that rank 2 is not in come first."""
+    program = (
+        "import mpizero\nw = mpizero.init()\n"
+        "first = w.split(0 if w.rank < 2 else None)\nsecond = w.split(0)\n"
+        "if first is not None:\n    first.close()\n"
+        "third = w.split(0)\nkept = third.allocate(9, 'float32')\nprint('done')\n"
+    )
+    result, _ = run(3, program)
+    assert result.returncode == 0 and result.stdout.count("done") == 3
+
+
 def test_an_error_that_the_reporting_rank_survives_is_printed() -> None:
     program = (
         "import numpy as np, mpizero\nw = mpizero.init()\n"

@@ -7,6 +7,7 @@ where it lies: nothing is packed, sent or unpacked.
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import os
 import shutil
@@ -31,6 +32,12 @@ _OFFSET_BITS = 44
 
 # Left free when memory is taken: MPI's own segments and other programs live there too.
 _SHM_RESERVE = 16 << 20
+
+
+# What has not been freed, in the order of creation, which ranks have in common. Open MPI frees what
+# is left itself, in the order of numbers that each rank gives for itself, and every window waits
+# for the others' ranks: a job that had freed some and made others then never ended.
+_alive: dict[int, Window] = {}
 
 
 class Window:
@@ -63,6 +70,7 @@ class Window:
         # stores (Arm, POWER) another rank could be told of a value and still read the old one
         # (MPI 4.1, section 12.7).
         self.sync = self._win.Sync
+        _alive[id(self)] = self
 
     def lend(self) -> Any:
         """This rank's part as an array of its own: it lives as long as any view of it."""
@@ -70,6 +78,7 @@ class Window:
 
     def free(self) -> None:
         """Give the memory back. Collective over the node; its arrays must not be used any more."""
+        del _alive[id(self)]
         self.parts, self.own = (), np.empty(0, np.uint8)
         self._win.Unlock_all()
         self._win.Free()
@@ -224,6 +233,13 @@ class NodeMemory:
                 stacklevel=5,
             )
         self._warned = True
+
+
+@atexit.register  # when this is imported, so that what others do at exit still finds its arrays
+def _free_all() -> None:
+    """Collective, as MPI's own end is, which follows."""
+    while _alive:
+        next(iter(_alive.values())).free()
 
 
 def _free_shared_memory() -> int | None:
