@@ -15,6 +15,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``optim``          optimizers on them, for training without a framework
 ``sampling``       which samples a rank trains on
 ``engine``         gradient buckets and their reduction, told by an adapter what is ready
+``checkpoint``     all of that on disk, and back on any number of ranks
 ``measure``        timing collectives
 ``cli``            the command ``mpizero``
 =================  ==============================================================================
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from mpizero import optim
 from mpizero.api import World, init
-from mpizero.errors import ArgumentError, LaunchError, MismatchError, MpizeroError
+from mpizero.errors import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError
 from mpizero.progress import Handle
 from mpizero.sharded import ShardedState
 
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
     "Handle",
     "LaunchError",
     "MismatchError",

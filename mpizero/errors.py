@@ -30,3 +30,7 @@ class ArgumentError(MpizeroError, ValueError):
 
 class MismatchError(MpizeroError, RuntimeError):
     """Ranks disagree about what they are doing: names the ranks and what each did."""
+
+
+class CheckpointError(MpizeroError, RuntimeError):
+    """A checkpoint that could not be written or read: says why, on which rank, in which file."""

@@ -62,6 +62,15 @@ class ShardedState:
             piece[...] = array.reshape(-1)[elements]
         return state
 
+    @classmethod
+    def empty(cls, forms: Mapping[str, tuple[tuple[int, ...], Any]], world: World) -> ShardedState:
+        """Of arrays that are all zeros, by name: their shapes and dtypes. In host memory."""
+        by_dtype: dict[np.dtype[Any], list[tuple[str, tuple[int, ...]]]] = {}
+        for name, (shape, dtype) in forms.items():
+            by_dtype.setdefault(np.dtype(dtype), []).append((name, tuple(shape)))
+        layouts = {dtype: FlatLayout.of(group, dtype) for dtype, group in by_dtype.items()}
+        return cls(world, layouts, _empty_shards(layouts, world.size, np.empty(0)))
+
     @property
     def names(self) -> list[str]:
         """All arrays' names, by dtype, in the order in which they were given."""

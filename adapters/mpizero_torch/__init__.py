@@ -12,7 +12,8 @@ Thin by intent: hooks, tensors as arrays, and torch's names for what the core do
 
 from __future__ import annotations
 
-from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, World
+from mpizero import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError, World
+from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.memory_report import MemoryReport, memory_report
@@ -25,6 +26,8 @@ from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
+    "CheckpointManager",
     "DistributedDataParallel",
     "LaunchError",
     "MemoryReport",
@@ -42,8 +45,10 @@ __all__ = [
     "deferred",
     "gathered",
     "init",
+    "load",
     "mean",
     "memory_report",
+    "save",
     "shard",
     "sum",
     "verify",

@@ -97,7 +97,7 @@ class ParameterMemory:
         return self._flats[space][own if self.how == SHARDED else cut.place(index)]
 
     def store(self, space: int, index: int, values: Any) -> None:
-        """Put a parameter where this rank keeps it, or its part: ``values`` are all of it, 1-D.
+        """Put a parameter where this rank keeps it, or its part: ``values[slice]`` of all, 1-D.
 
         The same on all ranks. float32 values reach the masters unrounded. To be followed by
         ``settle``.

@@ -20,6 +20,14 @@ class LossScale:
         self._growth_interval = growth_interval
         self._good_steps = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "skipped": self.skipped, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = float(state["value"])
+        self.skipped, self._good_steps = int(state["skipped"]), int(state["good_steps"])
+
     def apply(self, output: torch.Tensor) -> torch.Tensor:
         """``output``, whose gradient will be multiplied by the scale."""
         scaled: torch.Tensor = _ScaleGradient.apply(output, self)  # type: ignore[no-untyped-call]

@@ -83,6 +83,11 @@ class ShardedModule(DistributedModule):
         return self._hooks.sharder
 
     @property
+    def scaling(self) -> LossScale | None:
+        """The dynamic loss scale, under float16."""
+        return self._loss_scale
+
+    @property
     def state(self) -> ShardedState:
         return self._state
 

@@ -15,6 +15,7 @@ from mpizero_torch.sharding.runs import Run, split
 
 if TYPE_CHECKING:
     from mpizero_torch.sharding.module import ShardedModule
+    from mpizero_torch.sharding.state import ShardedState
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -137,6 +138,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def inner(self) -> torch.optim.Optimizer:
         """The optimizer that was given, which updates this rank's shards."""
         return self._inner
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The names of each group's parameters, in the order of the plain optimizer's."""
+        named = self._module.state.named
+        return [[named[index][0] for index in members] for members in self._members]
+
+    @property
+    def sharded_state(self) -> ShardedState:
+        """The parameters' and gradients' memory."""
+        return self._module.state
 
     @property
     def runs(self) -> Sequence[Run]:

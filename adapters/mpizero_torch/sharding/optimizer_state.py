@@ -7,8 +7,9 @@ result and one piece.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     sliced: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of state that is not here as a whole: ``read(elements)`` gives some of it, 1-D."""
+
+    shape: tuple[int, ...]
+    read: Callable[[slice], torch.Tensor]
+
+    def whole(self) -> torch.Tensor:
+        return self.read(slice(0, prod(self.shape))).view(self.shape)
 
 
 def consolidate(
@@ -88,9 +100,9 @@ def distribute(
     order = [number for each in saved["param_groups"] for number in each["params"]]
     indices = [index for each in members for index in each]
     state = {
-        index: saved["state"][number]
+        index: {key: _here(key, value, shapes[index]) for key, value in found.items()}
         for index, number in zip(indices, order, strict=True)
-        if number in saved["state"]
+        if (found := saved["state"].get(number)) is not None
     }
     for index, values in state.items():
         _check(index, values, shapes[index])
@@ -113,6 +125,13 @@ def distribute(
     for settings, theirs in zip(inner.param_groups, saved["param_groups"], strict=True):
         settings.update({key: value for key, value in theirs.items() if key != "params"})
     return list(runs)
+
+
+def own_state(
+    optimizer: Any,
+) -> tuple[dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]], dict[int, Any]]:
+    """What a ShardedOptimizer holds on this rank, for a checkpoint; see ``_own``."""
+    return _own(optimizer.inner, optimizer.runs, optimizer.sharded_state.group)
 
 
 def _own(
@@ -185,7 +204,9 @@ def _state_of(run: Run, state: dict[int, Any], shapes: Sequence[tuple[int, ...]]
             continue
         own = torch.zeros_like(parameter.detach())
         for piece in run.pieces:
-            theirs = state[piece.index][key].reshape(-1)[piece.elements]
+            other = state[piece.index][key]
+            stored = isinstance(other, Stored)
+            theirs = other.read(piece.elements) if stored else other.reshape(-1)[piece.elements]
             own.view(-1)[piece.place] = theirs.to(own)
         result[key] = own
     return result
@@ -199,15 +220,26 @@ def _as_torch_keeps(key: str, value: Any, parameter: torch.Tensor) -> Any:
     return value.to(dtype=parameter.dtype, device=parameter.device, copy=True)
 
 
+def _here(key: str, value: Any, shape: tuple[int, ...]) -> Any:
+    """What is not cut up is needed as a whole."""
+    if isinstance(value, Stored) and not _is_sliced(key, value, shape):
+        return value.whole()
+    return value
+
+
 def _is_sliced(key: str, value: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(value, torch.Tensor) and key != _NUMBERED and tuple(value.shape) == shape
+    return (
+        isinstance(value, torch.Tensor | Stored)
+        and key != _NUMBERED
+        and tuple(value.shape) == shape
+    )
 
 
 def _check(index: int, values: dict[str, Any], shape: tuple[int, ...]) -> None:
     """A first moment, for instance, has its parameter's shape: does this one?"""
     for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"):
         value = values.get(key)
-        if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
+        if isinstance(value, torch.Tensor | Stored) and tuple(value.shape) != shape:
             raise ArgumentError(
                 "load_state_dict()", f"state of parameter {index}",
                 f"'{key}' of shape {tuple(value.shape)}", f"shape {shape}",

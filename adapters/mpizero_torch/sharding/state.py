@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +45,17 @@ class Sharding:
     precision: torch.dtype | None = None
     accumulate_in_float32: bool = False
     offload: str | None = None
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """A parameter's values, read when they are asked for, as ParameterMemory wants them."""
+
+    read: Callable[[slice], torch.Tensor]
+    dtype: torch.dtype
+
+    def __getitem__(self, elements: slice) -> Any:
+        return tensors.as_array(self.read(elements).to(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,34 @@ class ShardedState:
         else:
             flat = flat.to(self._dtype(self.named[index][1]))
         self.memory.store(own.number, index, tensors.as_array(flat))
+
+    def trained_dtype(self, index: int) -> torch.dtype:
+        """The dtype in which a parameter is trained: its master's where it has one."""
+        own = self.space_of[index]
+        master = self.memory.masters[own.number]
+        if master is not None:
+            return tensors.torch_dtype(master.dtype)
+        return self._dtype(self.named[index][1])
+
+    def pieces(self) -> Iterator[tuple[int, slice, Any]]:
+        """This rank's part of all parameters as they are trained: number, elements, array."""
+        part = self.group.part
+        for own in self.spaces:
+            blocks = self.memory.updated(own.number)
+            for segment, block in zip(own.space.segments, blocks, strict=True):
+                for index in segment.members:
+                    found = own.space.layout.overlap(str(index), segment.block(part))
+                    if found is not None:
+                        yield index, found[0], block[found[1]]
+
+    def fill(self, index: int, read: Callable[[slice], torch.Tensor]) -> None:
+        """Give a parameter the values that ``read(elements)`` gives; to be followed by ``settle``.
+
+        Asks for what this rank keeps.
+        """
+        self.memory.store(
+            self.space_of[index].number, index, _Elements(read, self.trained_dtype(index))
+        )
 
     def is_scattered(self, index: int) -> bool:
         """Is there no whole parameter on this rank that is the one being trained?"""

@@ -1,0 +1,120 @@
+"""``CheckpointManager``: a folder of checkpoints, the newest of which are kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from mpizero import ArgumentError, World
+from mpizero.checkpoint import PendingSave, exists, folder
+from mpizero_torch.checkpointing.save import load, save
+from mpizero_torch.runtime import init
+
+_NAME = re.compile(r"step-(\d{8,})")
+_log = logging.getLogger("mpizero")
+
+
+class CheckpointManager:
+    """Saves a run every so many steps or minutes, and finds the last that was saved.
+
+    ``run`` are the things to save, as ``mz.save`` takes them: model, optimizer, scheduler, loader.
+    Checkpoints are folders named ``step-00001000``; the ``keep`` newest stay. ``asynchronous``
+    saves are waited for before the next begins, or, with ``when_busy="skip"``, the next is left
+    out.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        asynchronous: bool = False,
+        when_busy: str = "wait",
+        world: World | None = None,
+        **run: Any,
+    ) -> None:
+        if keep < 1:
+            raise ArgumentError("CheckpointManager()", "keep", str(keep), "1 or more")
+        if when_busy not in ("wait", "skip"):
+            raise ArgumentError(
+                "CheckpointManager()", "when_busy", repr(when_busy), "'wait' or 'skip'"
+            )
+        self.directory, self.world = Path(directory), world or init()
+        self._keep, self._steps, self._minutes = keep, every_steps, every_minutes
+        self._asynchronous, self._when_busy, self._run = asynchronous, when_busy, run
+        self._last = time.monotonic()
+        self._pending: PendingSave | None = None
+        if self.world.rank == 0:
+            for each in folder.leftovers(self.directory):
+                folder.recover(self.directory / each.name.split(".")[0])
+            for each in folder.leftovers(self.directory):
+                folder.discard(each)
+        self.world.barrier()
+
+    def step(self, step: int, **extra: Any) -> bool:
+        """After training step number ``step``: save if it is time. Returns if so. Collective."""
+        due = bool(self._steps) and step % int(self._steps or 1) == 0
+        if self._minutes is not None:
+            late = time.monotonic() - self._last > self._minutes * 60
+            # Clocks differ: rank 0's counts.
+            due = bool(self.world.broadcast_object(due or late))
+        return due and self.save(step, **extra)
+
+    def save(self, step: int, **extra: Any) -> bool:
+        """Save now, as of ``step``; False if a save is under way, and is not to be waited for."""
+        if self._pending is not None:
+            busy = self._when_busy == "skip" and self._pending.running
+            if self._when_busy == "skip" and self.world.allreduce(int(busy), "max"):
+                return False
+            self.wait()
+        begin = time.monotonic()
+        path = self.directory / f"step-{step:08}"
+        self._pending = save(
+            path, **self._run, extra={**extra, "step": step},
+            asynchronous=self._asynchronous, world=self.world,
+        )  # fmt: skip
+        self._last = time.monotonic()
+        if self._pending is None:
+            self._clean()
+            if self.world.rank == 0:
+                _log.info("saved %s in %.1f s", path, self._last - begin)
+        return True
+
+    def restore_latest(self, **options: Any) -> int | None:
+        """Load the newest complete checkpoint; returns its step, or None if there is none yet.
+
+        Collective. Raises what ``mz.load`` raises: a damaged one is no reason to go on from an
+        older one in silence.
+        """
+        self.wait()
+        found = self.world.broadcast_object(self.steps() if self.world.rank == 0 else None)
+        if not found:
+            return None
+        path = self.directory / f"step-{found[-1]:08}"
+        extra = load(path, **self._run, world=self.world, **options)
+        return int(extra["step"])
+
+    def steps(self) -> list[int]:
+        """The steps of which there are complete checkpoints, as this rank sees the folder."""
+        if not self.directory.is_dir():
+            return []
+        names = [_NAME.fullmatch(each.name) for each in self.directory.iterdir()]
+        return sorted(int(name[1]) for name in names if name and exists(self.directory / name[0]))
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Collective; raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.wait()
+            self._clean()
+
+    def _clean(self) -> None:
+        if self.world.rank == 0:
+            for step in self.steps()[: -self._keep]:
+                folder.discard(self.directory / f"step-{step:08}")

@@ -1,0 +1,145 @@
+"""A model in a checkpoint: its parameters and buffers under its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpizero import ArgumentError, World
+from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec, shared_part, tree
+from mpizero_torch import tensors
+from mpizero_torch.sharding import ShardedModule
+from mpizero_torch.wrapper import DistributedModule
+
+PART = "model"
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """The module that a wrapper of ours wraps, or the model itself."""
+    return model.module if isinstance(model, DistributedModule) else model
+
+
+def model_part(model: nn.Module, world: World) -> tuple[Part, dict[str, Any]]:
+    """What this rank writes of a model, and what of it is no tensor. Collective.
+
+    Sharded parameters are written by those who have them, with ``precision`` as the float32 values
+    that are trained. Tied ones are written once; the other names are in the files' headers, where
+    safetensors' own ``load_model`` looks for them.
+    """
+    state = model.state if isinstance(model, ShardedModule) else None
+    number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
+    specs: list[TensorSpec] = []
+    pieces: list[Piece] = []
+    whole: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    name_of: dict[int, str] = {}  # of sharded parameters
+    for name, value in _entries(model):
+        if not isinstance(value, torch.Tensor):
+            others[name] = value
+        elif id(value) in seen:
+            aliases[name] = seen[id(value)]
+        else:
+            seen[id(value)] = name
+            if state is not None and id(value) in number:
+                name_of[number[id(value)]] = name
+            else:
+                whole[name] = tensors.as_array(value)
+    if state is not None:
+        for index, name in name_of.items():
+            dtype = tensors.numpy_dtype(state.trained_dtype(index))
+            specs.append(TensorSpec(name, dtype, state.shapes[index]))
+        for index, elements, values in state.pieces() if state.group.is_holder else ():
+            if index in name_of:
+                pieces.append(Piece(name_of[index], elements.start, values))
+    shared = shared_part(PART, whole, world)
+    part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces], aliases)
+    arrays: dict[str, Any] = {}
+    plain = {name: tree.encode(each, name, arrays, as_array) for name, each in others.items()}
+    if arrays:
+        raise ArgumentError("save()", "model", f"extra state with arrays ({', '.join(arrays)})",
+                            "extra state without")  # fmt: skip
+    found: dict[str, Any] = {"others": plain}
+    if isinstance(model, ShardedModule) and model.scaling is not None:
+        found["loss_scale"] = model.scaling.state_dict()
+    return part, found
+
+
+def load_model(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> None:
+    """Give a model what was saved, in place. Collective; each rank reads what it keeps.
+
+    Raises ArgumentError for tensors that are missing, of another shape or (if ``strict``) too many.
+    """
+    specs = checkpoint.specs(PART)
+    aliases = checkpoint.metadata(PART)
+    found = checkpoint.values.get(PART, {})
+    others = found.get("others", {})
+    entries = dict(_entries(model))
+    known = {*specs, *aliases, *others}
+    missing = sorted(name for name in entries if name not in known)
+    unknown = sorted(name for name in known if name not in entries and name != "format")
+    if strict and (missing or unknown):
+        raise ArgumentError(
+            "load()", "model",
+            f"one with {_some(missing) or 'no other names'} that the checkpoint has not, and "
+            f"without {_some(unknown) or 'none'} that it has",
+            "the model that was saved", "strict=False loads the names that both have.",
+        )  # fmt: skip
+    state = model.state if isinstance(model, ShardedModule) else None
+    number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, value in entries.items():
+            stored = name if name in specs else aliases.get(name, "")
+            if not isinstance(value, torch.Tensor) or stored not in specs or id(value) in done:
+                continue
+            done.add(id(value))
+            index = number.get(id(value))
+            shape = state.shapes[index] if state and index is not None else tuple(value.shape)
+            _check_shape(name, shape, specs[stored].shape)
+            if state is not None and index is not None:
+                state.fill(index, _reader(checkpoint, stored))
+            else:
+                value.copy_(tensors.as_tensor(checkpoint.read(PART, stored)))
+    if state is not None:
+        state.memory.settle()
+    extra = {name: tree.decode(each, _no_arrays) for name, each in others.items()}
+    if extra:
+        plain_module(model).load_state_dict(extra, strict=False)
+    if isinstance(model, ShardedModule) and model.scaling is not None and "loss_scale" in found:
+        model.scaling.load_state_dict(found["loss_scale"])
+
+
+def as_array(value: Any) -> Any:
+    """A tensor as a host array, for ``tree.encode``; None for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    array = tensors.as_array(value)
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    found: Mapping[str, Any] = plain_module(model).state_dict(keep_vars=True)
+    return found.items()
+
+
+def _reader(checkpoint: Checkpoint, name: str) -> Any:
+    return lambda elements: tensors.as_tensor(checkpoint.read(PART, name, elements))
+
+
+def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:
+    if own != saved:
+        raise ArgumentError("load()", f"model: {name}", f"of shape {own}", f"shape {saved}")
+
+
+def _no_arrays(name: str) -> Any:
+    raise ArgumentError("load()", "model", f"extra state with array {name}", "one without")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,65 @@
+"""Every rank's random numbers: Python's, numpy's and torch's (CPU and this rank's GPU)."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpizero import World
+from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec
+
+PART = "ranks"
+
+
+def random_part(world: World) -> tuple[Part, list[Any]]:
+    """This rank's states, and what of all ranks' is no array. Collective."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    arrays: dict[str, Any] = {
+        "python": np.array(words, np.uint32),
+        "numpy": np.asarray(keys),
+        "torch": torch.get_rng_state().numpy(),
+    }
+    if world.device.kind == "cuda":
+        arrays["cuda"] = torch.cuda.get_rng_state().numpy()
+    plain = {
+        "python": [version, None if gauss is None else gauss.hex()],
+        "numpy": [int(position), int(has_gauss), float(cached).hex()],
+        "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+    }
+    everyones = world.gather_objects(plain)
+    specs = [
+        TensorSpec(f"{rank}.{name}", np.dtype(dtype), tuple(shape))
+        for rank, each in enumerate(everyones)
+        for name, (dtype, shape) in each["arrays"].items()
+    ]
+    pieces = [Piece(f"{world.rank}.{name}", 0, array) for name, array in arrays.items()]
+    return Part(PART, specs, pieces), everyones
+
+
+def restore(checkpoint: Checkpoint, world: World) -> None:
+    """Go on with the states that this rank had; a further rank gets one of its own."""
+    everyones = checkpoint.values[PART]
+    if world.rank >= len(everyones):
+        seed = zlib.crc32(checkpoint.read(PART, "0.torch").tobytes()) + world.rank
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return
+    plain, specs = everyones[world.rank], checkpoint.specs(PART)
+
+    def array(name: str) -> Any:
+        return checkpoint.read(PART, f"{world.rank}.{name}")
+
+    version, gauss = plain["python"]
+    words = tuple(array("python").tolist())
+    random.setstate((version, words, None if gauss is None else float.fromhex(gauss)))
+    position, has_gauss, cached = plain["numpy"]
+    np.random.set_state(("MT19937", array("numpy"), position, has_gauss, float.fromhex(cached)))
+    torch.set_rng_state(torch.from_numpy(array("torch")))
+    if world.device.kind == "cuda" and f"{world.rank}.cuda" in specs:
+        torch.cuda.set_rng_state(torch.from_numpy(array("cuda")))

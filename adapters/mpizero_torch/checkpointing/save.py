@@ -1,0 +1,154 @@
+"""``save`` and ``load``: all that a training run consists of, on disk and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpizero import ArgumentError, World
+from mpizero.checkpoint import LARGEST_FILE, Checkpoint, Part, PendingSave, Save, shared_part, tree
+from mpizero_torch import tensors
+from mpizero_torch.checkpointing import model as models
+from mpizero_torch.checkpointing import optimizer as optimizers
+from mpizero_torch.checkpointing import random_state
+from mpizero_torch.runtime import init
+from mpizero_torch.wrapper import DistributedModule
+
+EXTRA = "extra"
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    asynchronous: bool = False,
+    largest_file: int = LARGEST_FILE,
+    writers_per_node: int | None = None,
+    world: World | None = None,
+) -> PendingSave | None:
+    """Save a run in the folder ``path``, which is there wholly or not at all. Collective.
+
+    ``model.safetensors`` has the plain module's names, and so anybody's reader; every rank writes
+    its own part. ``scheduler`` and ``loader`` are asked for their ``state_dict()`` (what
+    ``mz.shard`` gives has one); ``extra`` is further values of one's own, the same on all ranks:
+    numbers, strings, tensors, lists and dicts of these. Each rank's random number generators are
+    saved too. Nothing is pickled.
+
+    With ``asynchronous`` training waits only until the bytes are copied; what comes back is to be
+    ``wait()``ed for, and tells how it went. ``largest_file``: bytes, above which a part is cut into
+    several with an index. ``writers_per_node``: how many ranks of a node write at a time.
+
+    Raises CheckpointError on every rank if one cannot write (what was there before stays), and
+    ArgumentError for what only a pickle could hold.
+    """
+    world = _world_of(model, world)
+    parts: list[Part] = []
+    values: dict[str, Any] = {}
+    if model is not None:
+        part, values[models.PART] = models.model_part(model, world)
+        parts.append(part)
+    if optimizer is not None:
+        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, world)
+        parts.append(part)
+    others: dict[str, Any] = {"extra": dict(extra or {})}
+    for name, each in (("scheduler", scheduler), ("loader", loader)):
+        if each is not None:
+            others[name] = _state_of(each, name)
+    arrays: dict[str, Any] = {}
+    values[EXTRA] = {
+        name: tree.encode(value, name, arrays, models.as_array) for name, value in others.items()
+    }
+    parts.append(shared_part(EXTRA, arrays, world))
+    part, values[random_state.PART] = random_state.random_part(world)
+    parts.append(part)
+    job = Save(
+        Path(path), world, parts, values,
+        largest_file=largest_file, writers_per_node=writers_per_node,
+    )  # fmt: skip
+    job.prepare()
+    if asynchronous:
+        job.copy()
+        return PendingSave(job, world)
+    job.write()
+    return None
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    strict: bool = True,
+    random: bool = True,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Let a run go on where ``save`` found it; returns ``extra``. Collective.
+
+    On any number of ranks, at any stage, in one process too: each rank reads what it keeps. Names
+    may be left out, but what is given must have been saved. ``random``: restore the random number
+    generators (a rank more than there were gets its own). ``strict``: the model must have exactly
+    the names that were saved.
+
+    Raises CheckpointError if there is none or it is damaged, naming file and tensor, and
+    ArgumentError if it is of another model or optimizer.
+    """
+    world = _world_of(model, world)
+    with Checkpoint(path, world) as checkpoint:
+        found = checkpoint.values
+
+        def array(name: str) -> Any:
+            return checkpoint.read(EXTRA, name)
+
+        others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
+        given = {"scheduler": scheduler, "loader": loader}
+        for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
+            if wanted is not None and name not in found:
+                raise _not_saved(name, checkpoint)
+        for name, each in given.items():
+            if each is not None and name not in others:
+                raise _not_saved(name, checkpoint)
+        if model is not None:
+            models.load_model(model, checkpoint, strict)
+        if optimizer is not None:
+            optimizers.load_optimizer(optimizer, model, checkpoint)
+        for name, each in given.items():
+            if each is not None:
+                each.load_state_dict(others[name])
+        if random and random_state.PART in found:
+            random_state.restore(checkpoint, world)
+        world.barrier()  # nobody goes on, and changes the checkpoint, while another reads
+        extra: dict[str, Any] = others.get("extra", {})
+        return extra
+
+
+def _world_of(model: nn.Module | None, world: World | None) -> World:
+    if world is not None:
+        return world
+    return model.world if isinstance(model, DistributedModule) else init()
+
+
+def _state_of(each: Any, name: str) -> Any:
+    if not hasattr(each, "state_dict"):
+        raise ArgumentError(
+            "save()", name, f"a {type(each).__name__}, which has no state_dict()",
+            "one that has", "mz.shard(loader) gives a loader that knows its position.",
+        )  # fmt: skip
+    return each.state_dict()
+
+
+def _not_saved(name: str, checkpoint: Checkpoint) -> ArgumentError:
+    return ArgumentError(
+        "load()", name, "given", f"what was saved in {checkpoint.path}: "
+        + ", ".join(sorted({*checkpoint.values, *checkpoint.values.get(EXTRA, {})} - {EXTRA})),
+    )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Writing: every rank puts its own bytes where they belong, rank 0 makes the whole of it valid."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpizero.api import World
+from mpizero.checkpoint import files, folder
+from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
+from mpizero.checkpoint.format import FileLayout, TensorSpec, index_of, lay_out
+from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
+from mpizero.errors import CheckpointError
+
+LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a tensor (C order), from element ``start`` on: a 1-D array, numpy or CuPy."""
+
+    name: str
+    start: int
+    values: Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that get files of their own: all of them, and the ``pieces`` that this rank writes.
+
+    ``specs`` are the same on all ranks; together the ranks' pieces are every element once.
+    """
+
+    name: str
+    specs: Sequence[TensorSpec]
+    pieces: Sequence[Piece]
+    metadata: dict[str, str] | None = None  # strings for the files' headers
+
+
+class Save:
+    """One save: ``prepare`` and ``copy`` where the ranks are in step, then ``write``, anywhere.
+
+    All of it is collective over ``world``; raises CheckpointError on every rank if one fails, and
+    removes what was written. What stood under ``path`` before stays until the end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        world: World,
+        parts: Sequence[Part],
+        values: dict[str, Any],
+        *,
+        largest_file: int = LARGEST_FILE,
+        writers_per_node: int | None = None,
+    ) -> None:
+        self.path, self._world, self._values = path, world, values
+        self._writers = writers_per_node or world.local_size
+        world.agree(
+            [str(spec) for part in parts for spec in part.specs], "the tensors of the checkpoint"
+        )
+        self._parts = list(parts)
+        self._layouts: list[list[FileLayout]] = [
+            lay_out(part.name, part.specs, largest_file, part.metadata) for part in parts
+        ]
+        self._files = [file for each in self._layouts for file in each]
+        self._staging = path
+        self._records: list[tuple[int, int, int, int]] = []
+        self._failure = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files with tensors."""
+        return sum(file.nbytes for file in self._files)
+
+    def prepare(self) -> None:
+        """Rank 0 makes the folder and its files, empty."""
+        staging, failure = "", ""
+        if self._world.rank == 0:
+            try:
+                where = folder.staging_for(self.path)
+                staging = str(where)
+                for file in self._files:
+                    files.create(where / file.name, file.nbytes)
+            except (OSError, CheckpointError) as error:
+                failure = f"[rank 0] {error}"
+                folder.discard(Path(staging)) if staging else None
+        staging, failure = self._world.broadcast_object((staging, failure))
+        if failure:
+            raise self._failed([failure])
+        self._staging = Path(staging)
+
+    def copy(self) -> None:
+        """Put this rank's pieces aside, so that the originals may change from here on."""
+        for at, part in enumerate(self._parts):
+            pieces = [Piece(p.name, p.start, _on_host(p.values).copy()) for p in part.pieces]
+            self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
+
+    def write(self, world: World | None = None) -> None:
+        """Write this rank's pieces; when all have, give the checkpoint its name.
+
+        ``world``: another of the same ranks to talk over, for a thread of its own.
+        """
+        world = world or self._world
+        for turn in range(-(-world.local_size // self._writers)):
+            if turn > 0:
+                world.barrier()
+            if world.local_rank // self._writers == turn:
+                self.write_own()
+        self.commit(world)
+
+    def write_own(self) -> None:
+        """Write this rank's pieces. Talks to nobody; ``commit`` tells how it went."""
+        try:
+            self._records = list(self._write_pieces(self._world.rank))
+        except (OSError, CheckpointError) as error:
+            self._failure = f"[rank {self._world.rank}] {error}"
+
+    def commit(self, world: World) -> None:
+        """When all ranks have written: give the checkpoint its name, or remove it."""
+        own = np.array(self._records, RECORD), self._failure
+        everyones = world.gather_objects(own)
+        failures = [failure for _, failure in everyones if failure]
+        if world.rank == 0 and not failures:
+            try:
+                self._finish(np.concatenate([each for each, _ in everyones]), world.size)
+            except (OSError, CheckpointError) as error:
+                failures = [f"[rank 0] {error}"]
+        if world.rank == 0 and failures:
+            folder.discard(self._staging)
+        failures = world.broadcast_object(failures)
+        if failures:
+            raise self._failed(failures)
+
+    def _write_pieces(self, rank: int) -> Iterator[tuple[int, int, int, int]]:
+        """Write this rank's ranges, and tell each with its checksum."""
+        number = -1
+        for part, layouts in zip(self._parts, self._layouts, strict=True):
+            of_part: dict[str, list[Piece]] = {}
+            for piece in part.pieces:
+                of_part.setdefault(piece.name, []).append(piece)
+            for layout in layouts:
+                number += 1
+                own = [piece for name in layout.specs for piece in of_part.get(name, ())]
+                if own or rank == 0:
+                    for start, stop, crc in self._write_file(layout, own, rank == 0):
+                        yield number, start, stop, crc
+
+    def _write_file(
+        self, layout: FileLayout, own: Sequence[Piece], with_header: bool
+    ) -> Iterator[tuple[int, int, int]]:
+        handle = files.open_to_write(self._staging / layout.name)
+        try:
+            if with_header:
+                files.write_at(handle, layout.header, 0)
+                yield 0, len(layout.header), crc32(layout.header)
+            for piece in own:
+                data = _on_host(piece.values).view(np.uint8)
+                at = layout.starts[piece.name]
+                at += piece.start * layout.specs[piece.name].dtype.itemsize
+                for start in range(0, data.size, LONGEST):
+                    some = data[start : start + LONGEST]
+                    files.write_at(handle, some, at + start)
+                    yield at + start, at + start + some.size, crc32(some)
+            files.sync(handle)
+        finally:
+            files.close(handle)
+
+    def _finish(self, records: Any, ranks: int) -> None:
+        sizes = [file.nbytes for file in self._files]
+        names = [file.name for file in self._files]
+        data = complete(records, sizes, names).tobytes()
+        files.write_whole(self._staging / CHECKSUMS, data)
+        for layouts in self._layouts:
+            if len(layouts) > 1:
+                name = f"{layouts[0].part}.safetensors.index.json"
+                files.write_whole(self._staging / name, index_of(layouts))
+        manifest = Manifest(
+            list(zip(names, sizes, strict=True)),
+            (len(data), crc32(data)),
+            ranks,
+            datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            self._values,
+        )
+        files.write_whole(self._staging / MANIFEST, manifest.to_json())
+        folder.publish(self._staging, self.path)
+
+    def _failed(self, failures: Sequence[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{os.fspath(self.path)} was not saved: {'; '.join(failures)}. What was there before "
+            "is as it was."
+        )
+
+
+def shared_out(spec: TensorSpec, values: Any, rank: int, ranks: int, before: int) -> list[Piece]:
+    """The part of a tensor that all ``ranks`` have which ``rank`` is to write.
+
+    The tensors' bytes, one behind the other, are dealt out in blocks of 4 MiB; ``before`` are those
+    of the tensors before this one. Small ones so go to one rank each, large ones to several.
+    """
+    size, pieces = spec.dtype.itemsize, []
+    flat = values.reshape(-1)
+    start = 0
+    while start < spec.count:
+        block = (before + start * size) // LONGEST
+        stop = min(spec.count, max(start + 1, ((block + 1) * LONGEST - before) // size))
+        if block % ranks == rank:
+            pieces.append(Piece(spec.name, start, flat[start:stop]))
+        start = stop
+    return pieces
+
+
+def _on_host(values: Any) -> Any:
+    host = values if isinstance(values, np.ndarray) else values.get()
+    return np.ascontiguousarray(host)
