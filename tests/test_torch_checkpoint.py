@@ -1,0 +1,90 @@
+"""Checkpoints of torch training: saved at one stage, loaded at another, and trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mpizero_torch as mz
+
+ranks = pytest.mark.parallel([1, 2, 3, 4])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The same on all ranks: rank 0's."""
+    return Path(mz.init().broadcast_object(str(tmp_path)))
+
+
+def build(stage: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(9, 7), torch.nn.Dropout(0.2), torch.nn.Linear(7, 3)]
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if stage:
+        return mz.zero(model, optimizer, stage=stage)
+    return mz.DistributedDataParallel(model), optimizer
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(4, 9)).square().mean().backward()
+        optimizer.step()
+
+
+@ranks
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("saved_at", [0, 1, 2, 3])
+def test_training_goes_on_at_any_stage(folder: Path, saved_at: int, asynchronous: bool) -> None:
+    """Dropout and inputs are drawn from torch's generator, which goes on too."""
+    model, optimizer = build(saved_at)
+    train(model, optimizer, 3)
+    pending = mz.save(
+        folder / "c", model=model, optimizer=optimizer, extra={"epoch": 1},
+        asynchronous=asynchronous,
+    )  # fmt: skip
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, optimizer, 2)
+    if pending is not None:
+        pending.wait()
+    for name, value in load_file(folder / "c" / "model.safetensors").items():
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=0)
+    expected = model.state_dict()
+    for stage in range(4):
+        other, its = build(stage)
+        assert mz.load(folder / "c", model=other, optimizer=its) == {"epoch": 1}
+        train(other, its, 2)
+        exact = stage == saved_at
+        for name, value in other.state_dict().items():
+            tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(value, expected[name], **tolerance)
+
+
+@ranks
+def test_the_manager_keeps_the_newest(folder: Path) -> None:
+    model, optimizer = build(2)
+    run = {"model": model, "optimizer": optimizer}
+    manager = mz.CheckpointManager(folder, keep=2, every_steps=2, asynchronous=True, **run)
+    assert manager.restore_latest() is None
+    for step in range(1, 9):
+        train(model, optimizer, 1)
+        assert manager.step(step) == (step % 2 == 0)
+    manager.wait()
+    model.world.barrier()
+    assert manager.steps() == [6, 8]
+    assert manager.restore_latest() == 8
+
+
+@ranks
+def test_another_model_is_refused(folder: Path) -> None:
+    model, optimizer = build(1)
+    mz.save(folder / "c", model=model)
+    other = mz.DistributedDataParallel(torch.nn.Linear(9, 7))
+    with pytest.raises(mz.ArgumentError, match="weight"):
+        mz.load(folder / "c", model=other)
+    with pytest.raises(mz.ArgumentError, match="optimizer"):
+        mz.load(folder / "c", model=model, optimizer=optimizer)
