@@ -157,6 +157,16 @@ def test_the_end_comes_whatever_was_closed_before() -> None:
     assert result.returncode == 0 and result.stdout.count("done") == 3
 
 
+def test_a_program_may_end_mpi_itself() -> None:
+    program = (
+        "import mpizero\nfrom mpi4py import MPI\nw = mpizero.init()\n"
+        "kept = w.allocate(9, 'float32')\nMPI.Finalize()\nprint('done')\n"
+    )
+    result, _ = run(2, program)
+    assert result.returncode == 0 and result.stdout.count("done") == 2
+    assert "Traceback" not in result.stderr
+
+
 def test_an_error_that_the_reporting_rank_survives_is_printed() -> None:
     program = (
         "import numpy as np, mpizero\nw = mpizero.init()\n"

@@ -237,8 +237,8 @@ class NodeMemory:
 
 @atexit.register  # when this is imported, so that what others do at exit still finds its arrays
 def _free_all() -> None:
-    """Collective, as MPI's own end is, which follows."""
-    while _alive:
+    """Collective, as MPI's own end is, which follows (unless the user has called it)."""
+    while _alive and not load_mpi().Is_finalized():
         next(iter(_alive.values())).free()
 
 
