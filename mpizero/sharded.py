@@ -51,7 +51,7 @@ class ShardedState:
         )
         if root is not None and not 0 <= root < world.size:
             raise ArgumentError("scatter()", "root", str(root), f"None, or 0 to {world.size - 1}")
-        layouts = _lay_out(arrays)
+        layouts = _lay_out({name: (array.shape, array.dtype) for name, array in arrays.items()})
         like = next(iter(arrays.values()), None)
         state = cls(world, layouts, _empty_shards(layouts, world.size, like))
         for name, given in arrays.items():
@@ -65,10 +65,7 @@ class ShardedState:
     @classmethod
     def empty(cls, forms: Mapping[str, tuple[tuple[int, ...], Any]], world: World) -> ShardedState:
         """Of arrays that are all zeros, by name: their shapes and dtypes. In host memory."""
-        by_dtype: dict[np.dtype[Any], list[tuple[str, tuple[int, ...]]]] = {}
-        for name, (shape, dtype) in forms.items():
-            by_dtype.setdefault(np.dtype(dtype), []).append((name, tuple(shape)))
-        layouts = {dtype: FlatLayout.of(group, dtype) for dtype, group in by_dtype.items()}
+        layouts = _lay_out(forms)
         return cls(world, layouts, _empty_shards(layouts, world.size, np.empty(0)))
 
     @property
@@ -186,10 +183,10 @@ class ShardedState:
         raise ArgumentError("ShardedState", "name", repr(name), ", ".join(self.names) or "none")
 
 
-def _lay_out(arrays: Mapping[str, Any]) -> Layouts:
+def _lay_out(forms: Mapping[str, tuple[tuple[int, ...], Any]]) -> Layouts:
     by_dtype: dict[np.dtype[Any], list[tuple[str, tuple[int, ...]]]] = {}
-    for name, array in arrays.items():
-        by_dtype.setdefault(np.dtype(array.dtype), []).append((name, tuple(array.shape)))
+    for name, (shape, dtype) in forms.items():
+        by_dtype.setdefault(np.dtype(dtype), []).append((name, tuple(shape)))
     return {dtype: FlatLayout.of(group, dtype) for dtype, group in by_dtype.items()}
 
 
