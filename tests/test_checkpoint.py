@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,51 @@ def test_a_save_that_fails_leaves_what_was(
     assert [each.name for each in folder.iterdir()] == ["c"]
     checkpoint.save(folder / "c", {"a": values()["scalar"]}, world)
     assert checkpoint.load(folder / "c", world)["a"] == 2.5
+
+
+@pytest.mark.parallel([2, 3, 4])
+def test_what_one_rank_cannot_read_no_rank_goes_on_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = mpizero.init()
+    checkpoint.save(folder / "c", {"a": values()["w"]}, world)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(files, "read_at", fail)
+        with pytest.raises(CheckpointError, match=r"'a': .*Input/output error"):
+            checkpoint.load(folder / "c", world)
+    np.testing.assert_array_equal(checkpoint.load(folder / "c", world)["a"], values()["w"])
+
+
+@ranks
+@pytest.mark.parametrize("writers", [1, 2])
+def test_few_write_at_a_time(folder: Path, writers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = mpizero.init()
+    part = checkpoint.shared_part("state", {"large": values()["large"]}, world)
+    job = checkpoint.Save(folder / "c", world, [part], {}, writers_per_node=writers)
+    at_work = folder / "at work"
+    at_work.mkdir(exist_ok=True)
+    write_own, most = job.write_own, 0
+
+    def watched() -> None:
+        nonlocal most
+        (at_work / str(world.rank)).touch()
+        time.sleep(0.05)
+        most = len(list(at_work.iterdir()))
+        write_own()
+        (at_work / str(world.rank)).unlink()
+
+    monkeypatch.setattr(job, "write_own", watched)
+    checkpoint.carry_out(job, world, False)
+    assert 1 <= most <= writers
+    with checkpoint.Checkpoint(folder / "c", world) as found:
+        np.testing.assert_array_equal(found.read("state", "large"), values()["large"])
+    with pytest.raises(ArgumentError, match="writers_per_node"):
+        checkpoint.Save(folder / "d", world, [part], {}, writers_per_node=0)
 
 
 @ranks

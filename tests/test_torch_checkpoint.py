@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mpizero_torch as mz
+from mpizero.checkpoint import files
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 
@@ -77,6 +80,26 @@ def test_the_manager_keeps_the_newest(folder: Path) -> None:
     model.world.barrier()
     assert manager.steps() == [6, 8]
     assert manager.restore_latest() == 8
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_one_rank_cannot_read_no_rank_goes_on_without(
+    folder: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build(stage)
+    train(model, optimizer, 1)
+    mz.save(folder / "c", model=model, optimizer=optimizer)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        if mz.init().rank == 1:
+            patch.setattr(files, "read_at", fail)
+        with pytest.raises(mz.CheckpointError, match="Input/output error"):
+            mz.load(folder / "c", model=model, optimizer=optimizer)
+    mz.load(folder / "c", model=model, optimizer=optimizer)
 
 
 @ranks

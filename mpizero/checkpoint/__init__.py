@@ -14,7 +14,7 @@ holds no pickles (``tree``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.checkpoint import tree
-from mpizero.checkpoint.background import PendingSave
+from mpizero.checkpoint.background import PendingSave, carry_out
 from mpizero.checkpoint.format import TensorSpec
-from mpizero.checkpoint.read import Checkpoint, exists
-from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_out
+from mpizero.checkpoint.read import Checkpoint, agreed, exists
+from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_part
 from mpizero.sharded import ShardedState
 
 __all__ = [
@@ -36,10 +36,11 @@ __all__ = [
     "Piece",
     "Save",
     "TensorSpec",
+    "agreed",
+    "carry_out",
     "exists",
     "load",
     "save",
-    "shared_out",
     "shared_part",
     "tree",
 ]
@@ -80,20 +81,16 @@ def save(
     shared = shared_part(_PART, arrays, world)
     part = Part(_PART, [*specs, *shared.specs], [*pieces, *shared.pieces])
     job = Save(Path(path), world, [part], plain, largest_file=largest_file)
-    job.prepare()
-    if not asynchronous:
-        job.write()
-        return None
-    job.copy()
-    return PendingSave(job, world)
+    return carry_out(job, world, asynchronous)
 
 
 def load(path: str | os.PathLike[str], world: World) -> dict[str, Any]:
     """What ``save`` was given, on any number of ranks: sharded states are cut for these.
 
-    Collective. Raises CheckpointError, naming file and tensor, if there is none, or a damaged one.
+    Collective. Raises CheckpointError, naming file and tensor, if there is none, or a damaged one:
+    on every rank, whichever read it.
     """
-    with Checkpoint(path, world) as checkpoint:
+    with Checkpoint(path, world) as checkpoint, agreed(world):
 
         def array(name: str) -> Any:
             return checkpoint.read(_PART, name)
@@ -106,25 +103,6 @@ def load(path: str | os.PathLike[str], world: World) -> dict[str, Any]:
             )
             for key, value in checkpoint.values.items()
         }
-
-
-def shared_part(
-    name: str,
-    arrays: Mapping[str, Any],
-    world: World,
-    on_host: Callable[[Any], Any] = lambda array: array,
-) -> Part:
-    """A part of arrays that all ranks have: each rank writes some of their bytes."""
-    specs: list[TensorSpec] = []
-    pieces: list[Piece] = []
-    before = 0
-    for key, array in arrays.items():
-        found = on_host(array)
-        spec = TensorSpec(key, np.dtype(found.dtype), tuple(found.shape))
-        specs.append(spec)
-        pieces += shared_out(spec, found, world.rank, world.size, before)
-        before += spec.nbytes
-    return Part(name, specs, pieces)
 
 
 def _sharded(checkpoint: Checkpoint, names: Any, world: World) -> ShardedState:

@@ -8,6 +8,16 @@ from mpizero.api import World
 from mpizero.checkpoint.write import Save
 
 
+def carry_out(save: Save, world: World, asynchronous: bool) -> PendingSave | None:
+    """Save now, or let a thread do it, once this rank's bytes are copied. Collective."""
+    save.prepare()
+    if asynchronous:
+        save.copy()
+        return PendingSave(save, world)
+    save.write()
+    return None
+
+
 class PendingSave:
     """A save under way. ``wait`` for it, on all ranks, to learn how it went.
 

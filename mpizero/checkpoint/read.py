@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from mpizero.checkpoint.format import (
     parse_header,
 )
 from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
-from mpizero.errors import ArgumentError, CheckpointError
+from mpizero.errors import ArgumentError, CheckpointError, MpizeroError
 
 
 class Checkpoint:
@@ -85,19 +86,13 @@ class Checkpoint:
     def specs(self, part: str) -> dict[str, TensorSpec]:
         """The tensors of a part, by name; empty if there is no such part."""
         return {
-            name: spec
-            for layout in self.layouts
-            if layout.part == part
-            for name, spec in layout.specs.items()
+            name: spec for layout in self._files_of(part) for name, spec in layout.specs.items()
         }
 
     def metadata(self, part: str) -> dict[str, str]:
         """The strings in the headers of a part's files."""
         return {
-            key: value
-            for layout in self.layouts
-            if layout.part == part
-            for key, value in layout.metadata.items()
+            key: value for layout in self._files_of(part) for key, value in layout.metadata.items()
         }
 
     def spec(self, part: str, name: str) -> TensorSpec:
@@ -182,6 +177,9 @@ class Checkpoint:
             self.read_bytes += stop - start
             yield start, stop, None if inside else data
 
+    def _files_of(self, part: str) -> list[FileLayout]:
+        return [layout for layout in self.layouts if layout.part == part]
+
     def _handle(self, at: int) -> int:
         if at not in self._handles:
             self._handles[at] = files.open_to_read(self.path / self.layouts[at].name)
@@ -192,6 +190,27 @@ class Checkpoint:
             f"{self.path / self.layouts[at].name} is damaged at tensor {name!r}: {why}. "
             "Load an older checkpoint."
         )
+
+
+@contextmanager
+def agreed(world: World) -> Iterator[None]:
+    """Ranks read by themselves in here; if one of them fails, all raise its error in the end.
+
+    Otherwise the others would go on, and wait for it later. No collective may be called inside.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # told to all, whatever it is
+        failure = error
+    everyones = world.gather_objects(None if failure is None else f"[rank {world.rank}] {failure}")
+    told = [text for text in everyones if text is not None]
+    if told and failure is None:
+        failure = CheckpointError("; ".join(told))
+    if failure is not None:
+        if isinstance(failure, MpizeroError):
+            failure.reported_elsewhere = everyones.index(told[0]) != world.rank
+        raise failure
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

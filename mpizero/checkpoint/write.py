@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mpizero.checkpoint import files, folder
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
 from mpizero.checkpoint.format import FileLayout, TensorSpec, index_of, lay_out
 from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
-from mpizero.errors import CheckpointError
+from mpizero.errors import ArgumentError, CheckpointError
 
 LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
 
@@ -61,6 +61,10 @@ class Save:
         writers_per_node: int | None = None,
     ) -> None:
         self.path, self._world, self._values = path, world, values
+        if writers_per_node is not None and writers_per_node < 1:
+            raise ArgumentError(
+                "save()", "writers_per_node", str(writers_per_node), "None, or 1 or more"
+            )
         self._writers = writers_per_node or world.local_size
         world.agree(
             [str(spec) for part in parts for spec in part.specs], "the tensors of the checkpoint"
@@ -74,11 +78,6 @@ class Save:
         self._records: list[tuple[int, int, int, int]] = []
         self._failure = ""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files with tensors."""
-        return sum(file.nbytes for file in self._files)
-
     def prepare(self) -> None:
         """Rank 0 makes the folder and its files, empty."""
         staging, failure = "", ""
@@ -90,7 +89,8 @@ class Save:
                     files.create(where / file.name, file.nbytes)
             except (OSError, CheckpointError) as error:
                 failure = f"[rank 0] {error}"
-                folder.discard(Path(staging)) if staging else None
+                if staging:
+                    folder.discard(Path(staging))
         staging, failure = self._world.broadcast_object((staging, failure))
         if failure:
             raise self._failed([failure])
@@ -198,7 +198,20 @@ class Save:
         )
 
 
-def shared_out(spec: TensorSpec, values: Any, rank: int, ranks: int, before: int) -> list[Piece]:
+def shared_part(name: str, arrays: Mapping[str, Any], world: World) -> Part:
+    """A part of arrays that all ranks have: each rank writes some of their bytes."""
+    specs: list[TensorSpec] = []
+    pieces: list[Piece] = []
+    before = 0
+    for key, array in arrays.items():
+        spec = TensorSpec(key, np.dtype(array.dtype), tuple(array.shape))
+        specs.append(spec)
+        pieces += _shared_out(spec, array, world.rank, world.size, before)
+        before += spec.nbytes
+    return Part(name, specs, pieces)
+
+
+def _shared_out(spec: TensorSpec, values: Any, rank: int, ranks: int, before: int) -> list[Piece]:
     """The part of a tensor that all ``ranks`` have which ``rank`` is to write.
 
     The tensors' bytes, one behind the other, are dealt out in blocks of 4 MiB; ``before`` are those

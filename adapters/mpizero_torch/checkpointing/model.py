@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,9 @@ def model_part(model: nn.Module, world: World) -> tuple[Part, dict[str, Any]]:
 
 
 def load_model(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> None:
-    """Give a model what was saved, in place. Collective; each rank reads what it keeps.
+    """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
+
+    When all ranks have, a sharded model's parameters are to be ``settle``d.
 
     Raises ArgumentError for tensors that are missing, of another shape or (if ``strict``) too many.
     """
@@ -103,11 +105,9 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> None:
             shape = state.shapes[index] if state and index is not None else tuple(value.shape)
             _check_shape(name, shape, specs[stored].shape)
             if state is not None and index is not None:
-                state.fill(index, _reader(checkpoint, stored))
+                state.fill(index, reader(checkpoint, PART, stored))
             else:
                 value.copy_(tensors.as_tensor(checkpoint.read(PART, stored)))
-    if state is not None:
-        state.memory.settle()
     extra = {name: tree.decode(each, _no_arrays) for name, each in others.items()}
     if extra:
         plain_module(model).load_state_dict(extra, strict=False)
@@ -128,8 +128,9 @@ def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
     return found.items()
 
 
-def _reader(checkpoint: Checkpoint, name: str) -> Any:
-    return lambda elements: tensors.as_tensor(checkpoint.read(PART, name, elements))
+def reader(checkpoint: Checkpoint, part: str, name: str) -> Callable[[slice], torch.Tensor]:
+    """What reads elements of a stored tensor, 1-D."""
+    return lambda elements: tensors.as_tensor(checkpoint.read(part, name, elements))
 
 
 def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec, shared_part, tree
 from mpizero_torch import tensors
-from mpizero_torch.checkpointing.model import as_array, plain_module
+from mpizero_torch.checkpointing.model import as_array, plain_module, reader
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
 
@@ -52,7 +52,7 @@ def optimizer_part(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module | None, checkpoint: Checkpoint
 ) -> None:
-    """Give an optimizer what was saved; a sharded one reads its own part. Collective.
+    """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
 
     Raises ArgumentError if its groups have other parameters.
     """
@@ -78,7 +78,7 @@ def load_optimizer(
         if name not in number or key in state.get(number[name], ()):
             continue  # a value of a group, or one of ``others``
         state.setdefault(number[name], {})[key] = (
-            Stored(spec.shape, _reader(checkpoint, stored))
+            Stored(spec.shape, reader(checkpoint, PART, stored))
             if sharded
             else tensors.as_tensor(checkpoint.read(PART, stored))
         )
@@ -122,11 +122,11 @@ def _collect_sharded(
     others: dict[str, dict[str, Any]],
 ) -> None:
     """This rank's pieces of sharded state, and what all ranks' state consists of."""
-    tensors_here, others_here = own_state(optimizer)
     state = optimizer.sharded_state
+    tensors_here, others_here = own_state(optimizer.inner, optimizer.runs, state.group)
     names, shapes = [name for name, _ in state.named], state.shapes
     described = {
-        key: (str(tensors.numpy_dtype(each[1].dtype)), each[2], tuple(each[1].shape))
+        key: (tensors.numpy_dtype(each[1].dtype), each[2], tuple(each[1].shape))
         for key, held in tensors_here.items()
         for each in held.values()
     }
@@ -134,7 +134,7 @@ def _collect_sharded(
     forms = {key: form for each, _ in everyones for key, form in each.items()}
     for (index, key), (dtype, sliced, shape) in sorted(forms.items()):
         own = shapes[index] if sliced else shape
-        specs.append(TensorSpec(f"{names[index]}/{key}", _dtype(dtype), own))
+        specs.append(TensorSpec(f"{names[index]}/{key}", dtype, own))
     for (index, key), held in sorted(tensors_here.items()):
         for start, (_, values, sliced) in sorted(held.items()):
             flat = tensors.as_array(values.contiguous().view(-1))
@@ -142,17 +142,6 @@ def _collect_sharded(
     for _, each in everyones:
         for index, values in each.items():
             others.setdefault(names[index], {}).update(values)
-
-
-def _reader(checkpoint: Checkpoint, name: str) -> Any:
-    return lambda elements: tensors.as_tensor(checkpoint.read(PART, name, elements))
-
-
-def _dtype(name: str) -> Any:
-    import ml_dtypes
-    import numpy as np
-
-    return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name)
 
 
 def _short(groups: Sequence[Sequence[str]]) -> str:

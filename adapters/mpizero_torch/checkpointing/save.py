@@ -11,12 +11,23 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.checkpoint import LARGEST_FILE, Checkpoint, Part, PendingSave, Save, shared_part, tree
+from mpizero.checkpoint import (
+    LARGEST_FILE,
+    Checkpoint,
+    Part,
+    PendingSave,
+    Save,
+    agreed,
+    carry_out,
+    shared_part,
+    tree,
+)
 from mpizero_torch import tensors
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.runtime import init
+from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
 EXTRA = "extra"
@@ -74,12 +85,7 @@ def save(
         Path(path), world, parts, values,
         largest_file=largest_file, writers_per_node=writers_per_node,
     )  # fmt: skip
-    job.prepare()
-    if asynchronous:
-        job.copy()
-        return PendingSave(job, world)
-    job.write()
-    return None
+    return carry_out(job, world, asynchronous)
 
 
 def load(
@@ -101,7 +107,8 @@ def load(
     the names that were saved.
 
     Raises CheckpointError if there is none or it is damaged, naming file and tensor, and
-    ArgumentError if it is of another model or optimizer.
+    ArgumentError if it is of another model or optimizer: on every rank, whichever met it. What was
+    read by then stays as read.
     """
     world = _world_of(model, world)
     with Checkpoint(path, world) as checkpoint:
@@ -110,7 +117,8 @@ def load(
         def array(name: str) -> Any:
             return checkpoint.read(EXTRA, name)
 
-        others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
+        with agreed(world):
+            others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
         given = {"scheduler": scheduler, "loader": loader}
         for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
             if wanted is not None and name not in found:
@@ -118,16 +126,18 @@ def load(
         for name, each in given.items():
             if each is not None and name not in others:
                 raise _not_saved(name, checkpoint)
-        if model is not None:
-            models.load_model(model, checkpoint, strict)
-        if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint)
-        for name, each in given.items():
-            if each is not None:
-                each.load_state_dict(others[name])
-        if random and random_state.PART in found:
-            random_state.restore(checkpoint, world)
-        world.barrier()  # nobody goes on, and changes the checkpoint, while another reads
+        with agreed(world):
+            if model is not None:
+                models.load_model(model, checkpoint, strict)
+            if optimizer is not None:
+                optimizers.load_optimizer(optimizer, model, checkpoint)
+            for name, each in given.items():
+                if each is not None:
+                    each.load_state_dict(others[name])
+            if random and random_state.PART in found:
+                random_state.restore(checkpoint, world)
+        if isinstance(model, ShardedModule):
+            model.state.memory.settle()
         extra: dict[str, Any] = others.get("extra", {})
         return extra
 

@@ -56,7 +56,7 @@ def consolidate(
     root: int | None,
 ) -> dict[str, Any]:
     """The plain optimizer's state_dict, on every rank or on ``root``. Collective."""
-    tensors, others = _own(inner, runs, group)
+    tensors, others = own_state(inner, runs, group)
     everyones = group.world.gather_objects((_describe(tensors, group), others))
     wanted = root is None or root == group.world.rank
     state: dict[int, dict[str, Any]] = {}
@@ -128,13 +128,6 @@ def distribute(
 
 
 def own_state(
-    optimizer: Any,
-) -> tuple[dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]], dict[int, Any]]:
-    """What a ShardedOptimizer holds on this rank, for a checkpoint; see ``_own``."""
-    return _own(optimizer.inner, optimizer.runs, optimizer.sharded_state.group)
-
-
-def _own(
     inner: torch.optim.Optimizer, runs: Sequence[Run], group: ShardGroup
 ) -> tuple[dict[tuple[int, str], dict[int, tuple[int, torch.Tensor, bool]]], dict[int, Any]]:
     """This rank's tensors by parameter, key and first element; and what is no tensor of size."""
