@@ -50,7 +50,7 @@ def save(
 
     ``model.safetensors`` has the plain module's names, and so anybody's reader; every rank writes
     its own part. ``scheduler`` and ``loader`` are asked for their ``state_dict()`` (what
-    ``mz.shard`` gives has one); ``extra`` is further values of one's own, the same on all ranks:
+    ``mz.shard`` gives has none yet); ``extra`` is further values of one's own, the same on all ranks:
     numbers, strings, tensors, lists and dicts of these. Each rank's random number generators are
     saved too. Nothing is pickled.
 
@@ -152,7 +152,7 @@ def _state_of(each: Any, name: str) -> Any:
     if not hasattr(each, "state_dict"):
         raise ArgumentError(
             "save()", name, f"a {type(each).__name__}, which has no state_dict()",
-            "one that has", "mz.shard(loader) gives a loader that knows its position.",
+            "one that has",
         )  # fmt: skip
     return each.state_dict()
 
