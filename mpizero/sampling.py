@@ -59,11 +59,13 @@ class Batch:
     """Sample indices for one step of this rank, and how much their mean counts (see ``Share``).
 
     A rank for which nothing is left gets one sample of another rank's part with weight 0, so that
-    it can take the step with all others.
+    it can take the step with all others. ``stop``: how many samples of the epoch all ranks have
+    taken with this step.
     """
 
     indices: np.ndarray[Any, np.dtype[np.int64]]
     weight: float
+    stop: int
 
 
 class ShardedBatches:
@@ -105,12 +107,19 @@ class ShardedBatches:
             return np.random.default_rng((self.seed, number)).permutation(self.count)
         return np.arange(self.count)
 
-    def epoch(self, number: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
-        """The batches of epoch ``number``, over the samples in ``order`` if that is given."""
+    def epoch(
+        self, number: int, order: Sequence[int] | None = None, skip: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of epoch ``number``, over the samples in ``order`` if that is given.
+
+        The first ``skip`` samples have been taken before, perhaps by another number of ranks.
+        """
         indices = self.order(number) if order is None else np.asarray(order, dtype=np.int64)
         width = self.batch_size * self.size
-        for start in range(0, len(self) * width, width):
+        for start in range(skip, self.count, width):
             together = indices[start : start + width]
+            if len(together) < width and self.drop_last:
+                return
             own = together[self.share.part(len(together))]
             weight = self.share.weight(len(together))
-            yield Batch(own if len(own) else together[:1], weight)
+            yield Batch(own if len(own) else together[:1], weight, start + len(together))

@@ -15,11 +15,11 @@ from __future__ import annotations
 from mpizero import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError, World
 from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
+from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
-from mpizero_torch.shard import ShardedLoader, ShardedSampler, shard
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.verify import VerifyReport, verify
@@ -37,6 +37,7 @@ __all__ = [
     "ShardedModule",
     "ShardedOptimizer",
     "ShardedSampler",
+    "ShardedStream",
     "SyncBatchNorm",
     "VerifyReport",
     "World",

@@ -11,6 +11,7 @@ import torch
 
 from mpizero import World
 from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec
+from mpizero_torch.random_state import derive, seed_all
 
 PART = "ranks"
 
@@ -45,10 +46,7 @@ def restore(checkpoint: Checkpoint, world: World) -> None:
     """Go on with the states that this rank had; a further rank gets one of its own."""
     everyones = checkpoint.values[PART]
     if world.rank >= len(everyones):
-        seed = zlib.crc32(checkpoint.read(PART, "0.torch").tobytes()) + world.rank
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(derive(zlib.crc32(checkpoint.read(PART, "0.torch").tobytes()), world.rank))
         return
     plain, specs = everyones[world.rank], checkpoint.specs(PART)
 

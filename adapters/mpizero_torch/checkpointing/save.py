@@ -49,10 +49,12 @@ def save(
     """Save a run in the folder ``path``, which is there wholly or not at all. Collective.
 
     ``model.safetensors`` has the plain module's names, and so anybody's reader; every rank writes
-    its own part. ``scheduler`` and ``loader`` are asked for their ``state_dict()`` (what
-    ``mz.shard`` gives has none yet); ``extra`` is further values of one's own, the same on all
-    ranks: numbers, strings, tensors, lists and dicts of these. Each rank's random number generators
-    are saved too. Nothing is pickled.
+    its own part. ``scheduler`` and ``loader`` (what ``mz.shard`` gives) are asked for their
+    ``state_dict()``; ``extra`` is further values of one's own, the same on all ranks: numbers,
+    strings, tensors, lists and dicts of these. Each rank's random number generators are saved too.
+    Nothing is pickled.
+
+    Save between two steps: gradients are not saved, nor is what half a step has accumulated.
 
     With ``asynchronous`` training waits only until the bytes are copied; what comes back is to be
     ``wait()``ed for, and tells how it went. ``largest_file``: bytes, above which a part is cut into
