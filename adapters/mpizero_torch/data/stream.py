@@ -83,6 +83,7 @@ class ShardedStream:
         self._position.finish(epoch)
 
     def _tell(self, epoch: int) -> None:
+        each: Any
         for each in (self._source, getattr(self._source, "dataset", None)):
             if hasattr(each, "set_epoch"):
                 each.set_epoch(epoch)
