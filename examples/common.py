@@ -32,6 +32,17 @@ def option_parser(description: str | None, *, steps: int) -> argparse.ArgumentPa
     return parser
 
 
+def checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """The options of examples that can be interrupted."""
+    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="save the run here")
+    parser.add_argument(
+        "--checkpoint-every", type=positive, default=100, metavar="STEPS", help="save so often"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
+
+
 def positive(text: str) -> int:
     """The type of an option that counts something."""
     number = int(text)
@@ -71,6 +82,7 @@ class Reporter:
     jobs too), so there ``TTY_COMPATIBLE=1`` must ask for the bar.
 
         with Reporter(options, world) as report:
+            report.begin(first_step)
             for ...:
                 report.step(loss, tokens)
         report.finish(held_out_loss=...)
@@ -84,6 +96,7 @@ class Reporter:
         terminal = wished or (world.size == 1 and sys.stdout.isatty())
         self._console = Console(force_terminal=terminal, highlight=False)
         self._bar: Progress | None = None
+        self._first = 0  # a resumed run has done so many steps before
         self._start = self._step_start = self._last_line = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -117,6 +130,13 @@ class Reporter:
         if self.active:
             self._console.print(text, markup=False, soft_wrap=True)
 
+    def begin(self, first: int) -> None:
+        """The next step is number ``first``; those before were done by an earlier run."""
+        self._first = first
+        self._start = self._step_start = time.perf_counter()
+        if self._bar is not None:
+            self._bar.reset(self._bar.task_ids[0], total=self._options.steps - first)
+
     def step(self, loss: float, tokens: int) -> None:
         """Record a step: its global mean loss, and what all ranks together trained on in it."""
         if not self.active:
@@ -125,7 +145,7 @@ class Reporter:
         seconds, self._step_start = now - self._step_start, now
         self.records.append(
             {
-                "step": len(self.records),
+                "step": self._first + len(self.records),
                 "loss": loss,
                 "seconds": seconds,
                 "tokens_per_s": tokens / seconds,
@@ -142,11 +162,12 @@ class Reporter:
             document = {"steps": self.records, "final": final}
             self._options.json.write_text(json.dumps(document, indent=1) + "\n")
         if self._options.plot:
-            plot_loss([record["loss"] for record in self.records], self._options.plot)
+            losses = [record["loss"] for record in self.records]
+            plot_loss(losses, self._options.plot, self._first)
             self.say(f"loss curve: {self._options.plot}")
 
     def _show(self, now: float) -> None:
-        done, steps = len(self.records), self._options.steps
+        done, steps = len(self.records), self._options.steps - self._first
         recent = self.records[-20:]
         speed = sum(r["tokens_per_s"] for r in recent) / len(recent)
         text = f"loss {recent[-1]['loss']:.4f}  {speed:,.0f} {self._unit}/s"
@@ -155,12 +176,13 @@ class Reporter:
         elif done in (1, steps) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._start) / done * (steps - done)
-            self.say(f"step {done}/{steps}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
+            place = f"step {self._first + done}/{self._options.steps}"
+            self.say(f"{place}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
             sys.stdout.flush()
 
 
-def plot_loss(losses: list[float], path: Path) -> None:
-    """Draw the loss of each step, and its running mean, as PNG."""
+def plot_loss(losses: list[float], path: Path, first: int = 0) -> None:
+    """Draw the loss of each step from the ``first`` on, and its running mean, as PNG."""
     import matplotlib  # late: it takes a second, and only rank 0 draws
 
     matplotlib.use("Agg")
@@ -169,8 +191,9 @@ def plot_loss(losses: list[float], path: Path) -> None:
     window = max(1, len(losses) // 20)
     means = [sum(losses[i - window + 1 : i + 1]) / window for i in range(window - 1, len(losses))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(losses, alpha=0.3, label="each step")
-    axes.plot(range(window // 2, window // 2 + len(means)), means, label=f"mean of {window} steps")
+    axes.plot(range(first, first + len(losses)), losses, alpha=0.3, label="each step")
+    middle = first + window // 2
+    axes.plot(range(middle, middle + len(means)), means, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -2,6 +2,7 @@
 
     mpirun -n 2 python examples/train_gpt.py --plot loss.png
     mpirun -n 2 python examples/train_gpt.py --strategy zero2 --precision bf16
+    mpirun -n 2 python examples/train_gpt.py --checkpoint-dir run --resume
 
 The text is the Python standard library's own source, or what ``--text`` names; its last twentieth
 is held out. With the default options and two ranks of one core each, the held-out loss ends
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import mpizero_torch as mz
-from common import Reporter, option_parser, positive
+from common import Reporter, checkpoint_options, option_parser, positive
 
 TARGET = 1.65
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -121,8 +122,11 @@ def parse() -> argparse.Namespace:
         "--strategy", choices=STRATEGIES, default="ddp", help="replicas, or a stage of ZeRO"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    checkpoint_options(parser)
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     options = parser.parse_args()
+    if options.resume and not options.checkpoint_dir:
+        parser.error("--resume needs --checkpoint-dir: from where?")
     if options.width % (2 * options.heads):
         parser.error(f"--width {options.width} is no multiple of twice --heads {options.heads}")
     return options
@@ -182,6 +186,19 @@ def distribute(gpt: GPT, options: argparse.Namespace) -> tuple[nn.Module, torch.
     return mz.zero(gpt, optimizer, stage=stage, precision=options.precision)
 
 
+def checkpoints(options: argparse.Namespace, **run: Any) -> mz.CheckpointManager | None:
+    """What saves the run now and then, and before the scheduler ends the job."""
+    if not options.checkpoint_dir:
+        return None
+    return mz.CheckpointManager(
+        options.checkpoint_dir,
+        every_steps=options.checkpoint_every,
+        asynchronous=True,
+        guard=mz.PreemptionGuard(),
+        **run,
+    )
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -193,10 +210,15 @@ def train(
     """The loop that a single process would run, but for the lines with ``mz``."""
     device = torch.device(world.device.name)
     rate = schedule(optimizer, options.steps)
+    loader = mz.shard(data, batch_size=options.batch_size, seed=options.seed)
+    manager = checkpoints(options, model=model, optimizer=optimizer, scheduler=rate, loader=loader)
+    first = manager.restore_latest() if manager and options.resume else None
+    if first is not None:
+        report.say(f"going on from step {first} in {options.checkpoint_dir}")
+    report.begin(first or 0)
     # Replicas keep float32 parameters and compute in 16 bits; under ZeRO the model itself is cast.
     autocast = options.strategy == "ddp" and options.precision == "bf16"
-    batches = endless(mz.shard(data, batch_size=options.batch_size, seed=options.seed))
-    for _, windows in zip(range(options.steps), batches, strict=False):
+    for step, windows in zip(range(first or 0, options.steps), endless(loader), strict=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = loss_of(model, windows.to(device))
         loss.backward()
@@ -205,6 +227,11 @@ def train(
         rate.step()
         optimizer.zero_grad()
         report.step(mz.mean(loss), windows[:, 1:].numel() * world.size)
+        if manager:
+            manager.step(step + 1)
+    if manager:
+        manager.save(options.steps)
+        manager.wait()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``sampling``       which samples a rank trains on
 ``engine``         gradient buckets and their reduction, told by an adapter what is ready
 ``checkpoint``     all of that on disk, and back on any number of ranks
+``preemption``     leaving in time, when the scheduler is about to stop the job
 ``measure``        timing collectives
 ``cli``            the command ``mpizero``
 =================  ==============================================================================
@@ -28,6 +29,7 @@ from __future__ import annotations
 from mpizero import optim
 from mpizero.api import World, init
 from mpizero.errors import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError
+from mpizero.preemption import PreemptionGuard
 from mpizero.progress import Handle
 from mpizero.sharded import ShardedState
 
@@ -40,6 +42,7 @@ __all__ = [
     "LaunchError",
     "MismatchError",
     "MpizeroError",
+    "PreemptionGuard",
     "ShardedState",
     "World",
     "init",

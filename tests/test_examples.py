@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,22 @@ def test_two_ranks_train_what_one_process_does(name: str, tmp_path: Path) -> Non
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == len(dict.fromkeys(lines)), said
     assert sys.executable not in said
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    """The steps that it runs again, and those that follow, have the very same losses."""
+    program, options, _ = EXAMPLES["gpt, ZeRO 3"]
+    folder = tmp_path / "run"
+    kept = ["--checkpoint-dir", str(folder), "--checkpoint-every", "3", "--steps", str(STEPS)]
+
+    def losses(name: str, *more: str) -> dict[int, float]:
+        command = [str(ROOT / "examples" / program), *options, *kept, *more]
+        result = mpirun(2, [*command, "--json", str(tmp_path / name)], timeout=100)
+        assert result.returncode == 0, result.stderr
+        steps = json.loads((tmp_path / name).read_text())["steps"]
+        return {step["step"]: step["loss"] for step in steps}
+
+    whole = losses("afresh.json", "--resume")  # there is nothing to go on from
+    assert sorted(whole) == list(range(STEPS))
+    shutil.rmtree(folder / f"step-{STEPS:08}")
+    assert losses("resumed.json", "--resume") == {step: whole[step] for step in range(6, STEPS)}

@@ -12,7 +12,15 @@ Thin by intent: hooks, tensors as arrays, and torch's names for what the core do
 
 from __future__ import annotations
 
-from mpizero import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError, World
+from mpizero import (
+    ArgumentError,
+    CheckpointError,
+    LaunchError,
+    MismatchError,
+    MpizeroError,
+    PreemptionGuard,
+    World,
+)
 from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
@@ -33,6 +41,7 @@ __all__ = [
     "MemoryReport",
     "MismatchError",
     "MpizeroError",
+    "PreemptionGuard",
     "ShardedLoader",
     "ShardedModule",
     "ShardedOptimizer",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _GRACE_NAPS, _NAP_SECONDS = 40, 0.05
 
 _exit_status: int = 0
+_expected_status: int | None = None
 _installed = False
 
 
@@ -52,12 +53,18 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
 
 def abort_if_failed(comm: MPI.Intracomm) -> None:
     """At exit: turn a non-zero ``sys.exit(status)`` of this rank into the end of the job."""
-    if _exit_status != 0:
+    if _exit_status not in (0, _expected_status):
         sys.stdout.flush()
         line = f"[rank {comm.rank}] exited with status {_exit_status}; ending the job\n"
         sys.stderr.write(line)
         sys.stderr.flush()
         comm.Abort(_exit_status)
+
+
+def expect_exit(status: int) -> None:
+    """All ranks are about to ``sys.exit(status)``: none of them has failed by that."""
+    global _expected_status
+    _expected_status = status
 
 
 def _report(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpizero import ArgumentError, World
+from mpizero import ArgumentError, CheckpointError, PreemptionGuard, World
 from mpizero.checkpoint import PendingSave, exists, folder
 from mpizero_torch.checkpointing.save import load, save
 from mpizero_torch.runtime import init
@@ -24,7 +24,7 @@ class CheckpointManager:
     ``run`` are the things to save, as ``mz.save`` takes them: model, optimizer, scheduler, loader.
     Checkpoints are folders named ``step-00001000``; the ``keep`` newest stay. ``asynchronous``
     saves are waited for before the next begins, or, with ``when_busy="skip"``, the next is left
-    out.
+    out. With a ``guard``, the step after which the job has to leave is saved too, and ends it.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class CheckpointManager:
         every_minutes: float | None = None,
         asynchronous: bool = False,
         when_busy: str = "wait",
+        guard: PreemptionGuard | None = None,
         world: World | None = None,
         **run: Any,
     ) -> None:
@@ -48,7 +49,10 @@ class CheckpointManager:
         self.directory, self.world = Path(directory), world or init()
         self._keep, self._steps, self._minutes = keep, every_steps, every_minutes
         self._asynchronous, self._when_busy, self._run = asynchronous, when_busy, run
+        self._guard = guard
         self._last = time.monotonic()
+        self._saved: int | None = None  # the step that was saved last
+        self.extra: dict[str, Any] = {}
         self._pending: PendingSave | None = None
         if self.world.rank == 0:
             for each in folder.leftovers(self.directory):
@@ -58,16 +62,29 @@ class CheckpointManager:
         self.world.barrier()
 
     def step(self, step: int, **extra: Any) -> bool:
-        """After training step number ``step``: save if it is time. Returns if so. Collective."""
+        """After training step number ``step``: save if it is time. Returns if so. Collective.
+
+        If the guard says that the job has to leave, saves, and exits by SystemExit.
+        """
         due = bool(self._steps) and step % int(self._steps or 1) == 0
         if self._minutes is not None:
             late = time.monotonic() - self._last > self._minutes * 60
             # Clocks differ: rank 0's counts.
-            due = bool(self.world.broadcast_object(due or late))
-        return due and self.save(step, **extra)
+            due |= bool(self.world.allreduce(int(late and self.world.rank == 0), "max"))
+        saved = due and self.save(step, **extra)
+        if self._guard is not None and self._guard.should_stop():
+            self._save_before_leaving(step, extra)
+            self._guard.exit()
+        return saved
 
     def save(self, step: int, **extra: Any) -> bool:
-        """Save now, as of ``step``; False if a save is under way, and is not to be waited for."""
+        """Save now, as of ``step``; False if a save is under way, and is not to be waited for.
+
+        Raises ArgumentError if the folder has checkpoints of later steps, which this run has not
+        come from: they would be taken for its newest.
+        """
+        if self._saved is None:
+            self._refuse_later(step)
         if self._pending is not None:
             busy = self._when_busy == "skip" and self._pending.running
             if self._when_busy == "skip" and self.world.allreduce(int(busy), "max"):
@@ -79,7 +96,7 @@ class CheckpointManager:
             path, **self._run, extra={**extra, "step": step},
             asynchronous=self._asynchronous, world=self.world,
         )  # fmt: skip
-        self._last = time.monotonic()
+        self._last, self._saved = time.monotonic(), step
         if self._pending is None:
             self._clean()
             if self.world.rank == 0:
@@ -89,6 +106,8 @@ class CheckpointManager:
     def restore_latest(self, **options: Any) -> int | None:
         """Load the newest complete checkpoint; returns its step, or None if there is none yet.
 
+        What ``step`` or ``save`` were given beside the step is in ``extra`` then.
+
         Collective. Raises what ``mz.load`` raises: a damaged one is no reason to go on from an
         older one in silence.
         """
@@ -97,8 +116,9 @@ class CheckpointManager:
         if not found:
             return None
         path = self.directory / f"step-{found[-1]:08}"
-        extra = load(path, **self._run, world=self.world, **options)
-        return int(extra["step"])
+        self.extra = load(path, **self._run, world=self.world, **options)
+        self._saved = int(self.extra["step"])
+        return self._saved
 
     def steps(self) -> list[int]:
         """The steps of which there are complete checkpoints, as this rank sees the folder."""
@@ -113,6 +133,26 @@ class CheckpointManager:
             pending, self._pending = self._pending, None
             pending.wait()
             self._clean()
+
+    def _refuse_later(self, step: int) -> None:
+        found = self.world.broadcast_object(self.steps() if self.world.rank == 0 else None)
+        if found and found[-1] > step:
+            raise ArgumentError(
+                "CheckpointManager.save()", "step",
+                f"{step}, while {self.directory} has a checkpoint of step {found[-1]}",
+                "a step after those that are saved",
+                "Go on from there with restore_latest(), or save in another folder.",
+            )  # fmt: skip
+
+    def _save_before_leaving(self, step: int, extra: dict[str, Any]) -> None:
+        try:
+            self.wait()
+        except CheckpointError as error:  # then this is the last chance to save anything
+            _log.warning("%s", error)
+            self._saved = None
+        if self._saved != step:
+            self.save(step, **extra)
+            self.wait()
 
     def _clean(self) -> None:
         if self.world.rank == 0:
