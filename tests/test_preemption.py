@@ -174,5 +174,6 @@ def test_job_scripts_start_again_what_has_left(script: Path, status: int, tmp_pa
         ["bash", str(script)], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert "started" in done.stdout, done.stderr
-    assert bool(re.search("again: (scontrol requeue 12|qsub .*/pbs.sh)$", done.stdout, re.M)) == (status == 75), done.stdout
+    again = re.search("again: (scontrol requeue 12|qsub .*/pbs.sh)$", done.stdout, re.MULTILINE)
+    assert bool(again) == (status == 75), done.stdout
     assert done.returncode == (0 if status == 75 else status)

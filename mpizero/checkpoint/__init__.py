@@ -23,8 +23,10 @@ import numpy as np
 from mpizero.api import World
 from mpizero.checkpoint import tree
 from mpizero.checkpoint.background import PendingSave, carry_out
+from mpizero.checkpoint.export import export_safetensors
+from mpizero.checkpoint.folder import leftovers
 from mpizero.checkpoint.format import TensorSpec
-from mpizero.checkpoint.read import Checkpoint, agreed, exists
+from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
 from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_part
 from mpizero.sharded import ShardedState
 
@@ -39,7 +41,10 @@ __all__ = [
     "agreed",
     "carry_out",
     "exists",
+    "export_safetensors",
+    "leftovers",
     "load",
+    "newest",
     "save",
     "shared_part",
     "tree",

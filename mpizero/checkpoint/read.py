@@ -219,6 +219,21 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def newest(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint at ``path``, or the newest complete one in that folder, by when it was saved.
+
+    If there is neither, ``path``, whose opening tells so.
+    """
+    folder_of = Path(path)
+    if exists(folder_of) or not folder_of.is_dir():
+        return folder_of
+    found = [each for each in folder_of.iterdir() if (each / MANIFEST).is_file()]
+    whole = [each for each in found if each not in folder.leftovers(folder_of)]
+    if not whole:
+        return folder_of
+    return max(whole, key=lambda each: ((each / MANIFEST).stat().st_mtime, each.name))
+
+
 def _describe(path: Path) -> tuple[Manifest, list[FileLayout], list[Any]]:
     """What a checkpoint says of itself, checked against itself and against its files' sizes."""
     if not exists(path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import click
 
 from mpizero.cli.bench import bench
+from mpizero.cli.checkpoint import checkpoint
 from mpizero.cli.tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mpizero")
 def main() -> None:
-    """Tools for training over MPI. Start the measuring ones with mpirun, srun, ..."""
+    """Tools for training over MPI. Start bench and tune with mpirun, srun, ..."""
 
 
 main.add_command(bench)
+main.add_command(checkpoint)
 main.add_command(tune)
