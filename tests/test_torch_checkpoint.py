@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import mpizero_torch as mz
 from mpizero.checkpoint import files
+from mpizero_torch.checkpointing import random_state
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 
@@ -100,6 +102,54 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_without(
         with pytest.raises(mz.CheckpointError, match="Input/output error"):
             mz.load(folder / "c", model=model, optimizer=optimizer)
     mz.load(folder / "c", model=model, optimizer=optimizer)
+
+
+@pytest.mark.once
+def test_cupys_generator_goes_on_from_the_seed_that_was_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in: what follows a save and what follows a load is drawn from the same seed."""
+    seeds: list[int] = []
+    stand_in = SimpleNamespace(random=SimpleNamespace(seed=seeds.append))
+    monkeypatch.setattr(random_state, "_cupy", lambda world: stand_in)
+    mz.save(folder / "a", model=torch.nn.Linear(2, 2))
+    mz.save(folder / "b", model=torch.nn.Linear(2, 2))
+    mz.load(folder / "a", model=torch.nn.Linear(2, 2))
+    assert len(seeds) == 3 and seeds[2] == seeds[0] != seeds[1]
+
+
+class Peculiar(torch.nn.Module):
+    """With what modules have beside parameters of the usual kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(5))
+        self.tables: dict[str, object] = {}
+        dtypes = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.complex64, torch.bool)
+        for number, dtype in enumerate(dtypes):
+            self.register_buffer(f"buffer{number}", torch.zeros(3).to(dtype))
+
+    def get_extra_state(self) -> dict[str, object]:
+        return self.tables
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        self.tables = state
+
+
+@ranks
+def test_peculiar_modules_come_back(folder: Path) -> None:
+    module = Peculiar()
+    module.tables = {"past": [torch.arange(3.0), (1, None)], "name": "x"}
+    for buffer in module.buffers():
+        buffer.copy_(torch.tensor([0.0, 1.0, 0.5]).to(buffer.dtype))
+    mz.save(folder / "c", model=mz.DistributedDataParallel(module))
+    other = Peculiar()
+    mz.load(folder / "c", model=mz.DistributedDataParallel(other))
+    for saved, loaded in zip(module.buffers(), other.buffers(), strict=True):
+        assert (saved.float() == loaded.float()).all() if saved.dtype.is_floating_point else True
+        assert saved.dtype == loaded.dtype and saved.tolist() == loaded.tolist()
+    past, name = other.tables["past"], other.tables["name"]
+    assert name == "x" and past[1] == (1, None) and past[0].tolist() == [0, 1, 2]  # type: ignore[index]
 
 
 @ranks

@@ -23,9 +23,20 @@ _NUMPY_OF = {
     torch.int16: np.int16,
     torch.int8: np.int8,
     torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.uint32: np.uint32,
+    torch.uint64: np.uint64,
     torch.bool: np.bool_,
     torch.complex64: np.complex64,
     torch.complex128: np.complex128,
+    torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+    torch.float8_e5m2: ml_dtypes.float8_e5m2,
+}
+# What numpy itself has no name for goes by way of integers of the same width.
+_INTEGERS = {
+    torch.bfloat16: (torch.int16, np.int16),
+    torch.float8_e4m3fn: (torch.int8, np.int8),
+    torch.float8_e5m2: (torch.int8, np.int8),
 }
 _TORCH_OF = {np.dtype(theirs): ours for ours, theirs in _NUMPY_OF.items()}
 
@@ -46,15 +57,16 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 def as_array(tensor: torch.Tensor) -> Any:
     """The tensor's memory as a numpy array (CPU) or a CuPy array (CUDA), any strides."""
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # numpy has no name for it; ml_dtypes has
-        return as_array(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    if tensor.dtype in _INTEGERS:
+        return as_array(tensor.view(_INTEGERS[tensor.dtype][0])).view(_NUMPY_OF[tensor.dtype])
     return tensor.numpy() if tensor.device.type == "cpu" else as_device_array(tensor)
 
 
 def as_tensor(array: Any) -> torch.Tensor:
     """The memory of a numpy or CuPy array as a tensor."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return as_tensor(array.view(np.int16)).view(torch.bfloat16)
+    dtype = _TORCH_OF.get(array.dtype)
+    if dtype in _INTEGERS:
+        return as_tensor(array.view(_INTEGERS[dtype][1])).view(dtype)
     if isinstance(array, np.ndarray):
         return torch.from_numpy(array)
     return torch.utils.dlpack.from_dlpack(array)

@@ -35,6 +35,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
     "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "C64": np.dtype(np.complex64),
 }
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}

@@ -23,8 +23,13 @@ def plain_module(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedModule) else model
 
 
-def model_part(model: nn.Module, world: World) -> tuple[Part, dict[str, Any]]:
+def model_part(
+    model: nn.Module, world: World, arrays: dict[str, Any]
+) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of a model, and what of it is no tensor. Collective.
+
+    Arrays within modules' extra state go to ``arrays``: the model's files have tensors only that
+    the plain module has.
 
     Sharded parameters are written by those who have them, with ``precision`` as the float32 values
     that are trained. Tied ones are written once; the other names are in the files' headers, where
@@ -59,19 +64,21 @@ def model_part(model: nn.Module, world: World) -> tuple[Part, dict[str, Any]]:
                 pieces.append(Piece(name_of[index], elements.start, values))
     shared = shared_part(PART, whole, world)
     part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces], aliases)
-    arrays: dict[str, Any] = {}
-    plain = {name: tree.encode(each, name, arrays, as_array) for name, each in others.items()}
-    if arrays:
-        raise ArgumentError("save()", "model", f"extra state with arrays ({', '.join(arrays)})",
-                            "extra state without")  # fmt: skip
+    plain = {
+        name: tree.encode(each, f"{PART}.{name}", arrays, as_array) for name, each in others.items()
+    }
     found: dict[str, Any] = {"others": plain}
     if isinstance(model, ShardedModule) and model.scaling is not None:
         found["loss_scale"] = model.scaling.state_dict()
     return part, found
 
 
-def load_model(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> None:
+def load_model(
+    model: nn.Module, checkpoint: Checkpoint, array: Callable[[str], Any], strict: bool
+) -> None:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
+
+    ``array`` reads those within modules' extra state.
 
     When all ranks have, a sharded model's parameters are to be ``settle``d.
 
@@ -108,7 +115,11 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, strict: bool) -> None:
                 state.fill(index, reader(checkpoint, PART, stored))
             else:
                 value.copy_(tensors.as_tensor(checkpoint.read(PART, stored)))
-    extra = {name: tree.decode(each, _no_arrays) for name, each in others.items()}
+    extra = {
+        name: tree.decode(each, array, tensors.as_tensor)
+        for name, each in others.items()
+        if name in entries
+    }
     if extra:
         plain_module(model).load_state_dict(extra, strict=False)
     if isinstance(model, ShardedModule) and model.scaling is not None and "loss_scale" in found:
@@ -136,10 +147,6 @@ def reader(checkpoint: Checkpoint, part: str, name: str) -> Callable[[slice], to
 def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:
     if own != saved:
         raise ArgumentError("load()", f"model: {name}", f"of shape {own}", f"shape {saved}")
-
-
-def _no_arrays(name: str) -> Any:
-    raise ArgumentError("load()", "model", f"extra state with array {name}", "one without")
 
 
 def _some(names: list[str]) -> str:

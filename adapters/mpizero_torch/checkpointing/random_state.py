@@ -1,8 +1,13 @@
-"""Every rank's random numbers: Python's, numpy's and torch's (CPU and this rank's GPU)."""
+"""Every rank's random numbers: Python's, numpy's, torch's (CPU and this rank's GPU) and CuPy's.
+
+CuPy's generator tells nobody its state (cuRAND has no call for it). So at every save it begins anew
+from a seed, which is saved: a run that goes on and one that is resumed draw the same.
+"""
 
 from __future__ import annotations
 
 import random
+import sys
 import zlib
 from typing import Any
 
@@ -27,7 +32,11 @@ def random_part(world: World) -> tuple[Part, list[Any]]:
     }
     if world.device.kind == "cuda":
         arrays["cuda"] = torch.cuda.get_rng_state().numpy()
+    if (cupy := _cupy(world)) is not None:
+        seed = derive(zlib.crc32(arrays["torch"].tobytes()), world.rank)
+        cupy.random.seed(seed)
     plain = {
+        "cupy": None if cupy is None else seed,
         "python": [version, None if gauss is None else gauss.hex()],
         "numpy": [int(position), int(has_gauss), float(cached).hex()],
         "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
@@ -59,5 +68,12 @@ def restore(checkpoint: Checkpoint, world: World) -> None:
     position, has_gauss, cached = plain["numpy"]
     np.random.set_state(("MT19937", array("numpy"), position, has_gauss, float.fromhex(cached)))
     torch.set_rng_state(torch.from_numpy(array("torch")))
+    if plain.get("cupy") is not None and (cupy := _cupy(world)) is not None:
+        cupy.random.seed(plain["cupy"])
     if world.device.kind == "cuda" and f"{world.rank}.cuda" in specs:
         torch.cuda.set_rng_state(torch.from_numpy(array("cuda")))
+
+
+def _cupy(world: World) -> Any:
+    """CuPy, where the training may use it."""
+    return sys.modules.get("cupy") if world.device.kind == "cuda" else None

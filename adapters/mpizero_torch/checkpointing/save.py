@@ -65,9 +65,10 @@ def save(
     """
     world = _world_of(model, world)
     parts: list[Part] = []
+    arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
     if model is not None:
-        part, values[models.PART] = models.model_part(model, world)
+        part, values[models.PART] = models.model_part(model, world, arrays)
         parts.append(part)
     if optimizer is not None:
         part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, world)
@@ -76,7 +77,6 @@ def save(
     for name, each in (("scheduler", scheduler), ("loader", loader)):
         if each is not None:
             others[name] = _state_of(each, name)
-    arrays: dict[str, Any] = {}
     values[EXTRA] = {
         name: tree.encode(value, name, arrays, models.as_array) for name, value in others.items()
     }
@@ -130,7 +130,7 @@ def load(
                 raise _not_saved(name, checkpoint)
         with agreed(world):
             if model is not None:
-                models.load_model(model, checkpoint, strict)
+                models.load_model(model, checkpoint, array, strict)
             if optimizer is not None:
                 optimizers.load_optimizer(optimizer, model, checkpoint)
             for name, each in given.items():
