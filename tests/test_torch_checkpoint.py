@@ -112,9 +112,10 @@ def test_cupys_generator_goes_on_from_the_seed_that_was_saved(
     seeds: list[int] = []
     stand_in = SimpleNamespace(random=SimpleNamespace(seed=seeds.append))
     monkeypatch.setattr(random_state, "_cupy", lambda world: stand_in)
-    mz.save(folder / "a", model=torch.nn.Linear(2, 2))
-    mz.save(folder / "b", model=torch.nn.Linear(2, 2))
-    mz.load(folder / "a", model=torch.nn.Linear(2, 2))
+    model = torch.nn.Linear(2, 2)
+    mz.save(folder / "a", model=model)
+    mz.save(folder / "b", model=model)
+    mz.load(folder / "a", model=model)
     assert len(seeds) == 3 and seeds[2] == seeds[0] != seeds[1]
 
 

@@ -23,6 +23,10 @@ PART = "ranks"
 
 def random_part(world: World) -> tuple[Part, list[Any]]:
     """This rank's states, and what of all ranks' is no array. Collective."""
+    seed = None
+    if (cupy := _cupy(world)) is not None:
+        seed = int(torch.randint(2**32, ()))  # and so another one at the next save
+        cupy.random.seed(seed)
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     arrays: dict[str, Any] = {
@@ -32,11 +36,8 @@ def random_part(world: World) -> tuple[Part, list[Any]]:
     }
     if world.device.kind == "cuda":
         arrays["cuda"] = torch.cuda.get_rng_state().numpy()
-    if (cupy := _cupy(world)) is not None:
-        seed = derive(zlib.crc32(arrays["torch"].tobytes()), world.rank)
-        cupy.random.seed(seed)
     plain = {
-        "cupy": None if cupy is None else seed,
+        "cupy": seed,
         "python": [version, None if gauss is None else gauss.hex()],
         "numpy": [int(position), int(has_gauss), float(cached).hex()],
         "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
