@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import mpizero
 from mpizero import ArgumentError, CheckpointError, World, checkpoint
-from mpizero.checkpoint import files, tree
+from mpizero.checkpoint import files, mpi_io, progress, tree
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -56,15 +56,18 @@ def assert_equal(found: Any, expected: dict[str, np.ndarray]) -> None:
 
 
 @ranks
+@pytest.mark.parametrize("writer", ["posix", "mpi-io"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("largest", [1 << 30, 100_000])
-def test_what_is_saved_is_loaded(folder: Path, asynchronous: bool, largest: int) -> None:
+def test_what_is_saved_is_loaded(
+    folder: Path, asynchronous: bool, largest: int, writer: str
+) -> None:
     world = mpizero.init()
     state = mpizero.ShardedState.scatter(values(), world)
     plain = {"lr": 0.1, "past": [1, (2, None)], "array": values()["w"]}
     pending = checkpoint.save(
         folder / "c", {"model": state, "plain": plain}, world,
-        asynchronous=asynchronous, largest_file=largest,
+        asynchronous=asynchronous, largest_file=largest, writer=writer,
     )  # fmt: skip
     assert (pending is not None) == asynchronous
     if pending is not None:
@@ -138,6 +141,52 @@ def test_a_save_that_fails_leaves_what_was(
     assert checkpoint.load(folder / "c", world)["a"] == 2.5
 
 
+@ranks
+def test_a_collective_write_that_fails_on_one_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By MPI-IO: the others go on to the end, and hear of it then."""
+    world = mpizero.init()
+    together = mpi_io.write_together
+
+    def fail(comm: Any, path: Path, pieces: Any) -> None:
+        together(comm, path, [])
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        if world.rank == world.size - 1:
+            patch.setattr(mpi_io, "write_together", fail)
+        with pytest.raises(CheckpointError, match=rf"rank {world.size - 1}\].*Input/output"):
+            checkpoint.save(folder / "c", {"a": values()["large"]}, world, writer="mpi-io")
+    assert list(folder.iterdir()) == []
+    with pytest.raises(ArgumentError, match="writer"):
+        checkpoint.save(folder / "c", {"a": 1}, world, writer="other")
+
+
+@ranks
+def test_what_mpi_cannot_open(folder: Path) -> None:
+    world = mpizero.init()
+    with pytest.raises(OSError, match="MPI-IO cannot open"):
+        mpi_io.write_together(world.comm, folder / "nothing", [])
+
+
+@once
+def test_parallel_file_systems_are_known_by_their_mounts(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/a / ext4 rw 0 0\n"
+        "10.0.0.1@o2ib:/work /work lustre rw 0 0\n"
+        "scratch /work/fast\\040scratch gpfs rw 0 0\n"
+    )
+    for folder, kind in (
+        ("/", "ext4"), ("/work", "lustre"), ("/work/a/b", "lustre"), ("/workshop", "ext4"),
+        ("/work/fast scratch/x", "gpfs"),
+    ):  # fmt: skip
+        assert mpi_io.file_system(Path(folder), str(mounts)) == kind
+    assert mpi_io.file_system(tmp_path, str(tmp_path / "none")) == ""
+    assert mpi_io.file_system(tmp_path) not in mpi_io.PARALLEL
+
+
 @pytest.mark.parallel([2, 3, 4])
 def test_what_one_rank_cannot_read_no_rank_goes_on_without(
     folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +230,32 @@ def test_few_write_at_a_time(folder: Path, writers: int, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(found.read("state", "large"), values()["large"])
     with pytest.raises(ArgumentError, match="writers_per_node"):
         checkpoint.Save(folder / "d", world, [part], {}, writers_per_node=0)
+
+
+@ranks
+def test_long_ones_are_told_of_on_rank_zero(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = mpizero.init()
+    monkeypatch.setattr(progress, "_SECONDS_BEFORE_FIRST", -1.0)
+    large = {"large": mpizero.ShardedState.scatter({"x": values()["large"]}, world)}
+    with caplog.at_level("INFO", "mpizero"):
+        checkpoint.save(folder / "c", large, world)
+        checkpoint.load(folder / "c", world)
+        said, logged = capfd.readouterr().err, [record.message for record in caplog.records]
+        pending = checkpoint.save(folder / "d", large, world, asynchronous=True)
+        assert pending is not None
+        pending.wait()
+    if world.rank == 0:
+        assert "saving" in said and "loading" in said and "%," in said
+        assert len(logged) == 2 and "c saved: 0.012 GB" in logged[0] and "loaded" in logged[1]
+        assert "d saved: 0.012 GB" in caplog.records[-1].message
+    else:
+        assert said == "" and logged == []
+    assert "saving" not in capfd.readouterr().err  # nobody waits for one in the background
 
 
 @ranks

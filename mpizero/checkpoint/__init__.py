@@ -61,13 +61,14 @@ def save(
     *,
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
+    writer: str = "auto",
 ) -> PendingSave | None:
     """Save named values: ``ShardedState``s, arrays, and nested plain values. Collective.
 
     Arrays and plain values must be the same on all ranks; each rank writes a part of them.
-    ``asynchronous`` copies this rank's bytes and returns what to ``wait()`` for. Raises
-    CheckpointError on every rank if one cannot write, and ArgumentError for values that would need
-    a pickle.
+    ``asynchronous`` copies this rank's bytes and returns what to ``wait()`` for. ``writer`` is
+    "posix", "mpi-io", or "auto", by the file system. Raises CheckpointError on every rank if one
+    cannot write, and ArgumentError for values that would need a pickle.
     """
     arrays: dict[str, Any] = {}
     plain: dict[str, Any] = {}
@@ -85,7 +86,7 @@ def save(
             plain[key] = tree.encode(value, key, arrays)
     shared = shared_part(_PART, arrays, world)
     part = Part(_PART, [*specs, *shared.specs], [*pieces, *shared.pieces])
-    job = Save(Path(path), world, [part], plain, largest_file=largest_file)
+    job = Save(Path(path), world, [part], plain, largest_file=largest_file, writer=writer)
     return carry_out(job, world, asynchronous)
 
 

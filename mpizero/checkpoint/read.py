@@ -26,6 +26,7 @@ from mpizero.checkpoint.format import (
     parse_header,
 )
 from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
+from mpizero.checkpoint.progress import Progress
 from mpizero.errors import ArgumentError, CheckpointError, MpizeroError
 
 
@@ -61,7 +62,7 @@ class Checkpoint:
             for at, layout in enumerate(self.layouts)
             for name in layout.specs
         }
-        self.read_bytes = 0
+        self._progress = Progress(f"loading {path}", None, world is not None and world.rank == 0)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -75,8 +76,10 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
+        """Close its files, and tell how fast reading was."""
         while self._handles:
             files.close(self._handles.popitem()[1])
+        self._progress.close(f"rank 0's part of {self.path} loaded")
 
     @property
     def values(self) -> dict[str, Any]:
@@ -174,7 +177,7 @@ class Checkpoint:
                 raise self._damaged(at, name, str(error)) from None
             if crc32(data) != int(record["crc"]):
                 raise self._damaged(at, name, f"bytes {start} to {stop} are not as written")
-            self.read_bytes += stop - start
+            self._progress.add(stop - start)
             yield start, stop, None if inside else data
 
     def _files_of(self, part: str) -> list[FileLayout]:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from mpizero.api import World
-from mpizero.checkpoint import files, folder
+from mpizero.checkpoint import files, folder, mpi_io
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
 from mpizero.checkpoint.format import FileLayout, TensorSpec, index_of, lay_out
 from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
+from mpizero.checkpoint.progress import Progress
 from mpizero.errors import ArgumentError, CheckpointError
 
+WRITERS = ("auto", "posix", "mpi-io")
 LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
 
 
@@ -59,13 +61,16 @@ class Save:
         *,
         largest_file: int = LARGEST_FILE,
         writers_per_node: int | None = None,
+        writer: str = "auto",
     ) -> None:
         self.path, self._world, self._values = path, world, values
         if writers_per_node is not None and writers_per_node < 1:
             raise ArgumentError(
                 "save()", "writers_per_node", str(writers_per_node), "None, or 1 or more"
             )
-        self._writers = writers_per_node or world.local_size
+        if writer not in WRITERS:
+            raise ArgumentError("save()", "writer", repr(writer), f"one of {', '.join(WRITERS)}")
+        self._writers, self._writer = writers_per_node or world.local_size, writer
         world.agree(
             [str(spec) for part in parts for spec in part.specs], "the tensors of the checkpoint"
         )
@@ -77,21 +82,26 @@ class Save:
         self._staging = path
         self._records: list[tuple[int, int, int, int]] = []
         self._failure = ""
+        own = sum(piece.values.nbytes for part in parts for piece in part.pieces)
+        self._progress = Progress(f"saving {path}", own, world.rank == 0)
 
     def prepare(self) -> None:
         """Rank 0 makes the folder and its files, empty."""
-        staging, failure = "", ""
+        staging, failure, writer = "", "", self._writer
         if self._world.rank == 0:
             try:
                 where = folder.staging_for(self.path)
                 staging = str(where)
+                if writer == "auto":
+                    parallel = mpi_io.file_system(where) in mpi_io.PARALLEL
+                    writer = "mpi-io" if parallel and self._world.size > 1 else "posix"
                 for file in self._files:
                     files.create(where / file.name, file.nbytes)
             except (OSError, CheckpointError) as error:
                 failure = f"[rank 0] {error}"
                 if staging:
                     folder.discard(Path(staging))
-        staging, failure = self._world.broadcast_object((staging, failure))
+        staging, failure, self._writer = self._world.broadcast_object((staging, failure, writer))
         if failure:
             raise self._failed([failure])
         self._staging = Path(staging)
@@ -101,24 +111,41 @@ class Save:
         for at, part in enumerate(self._parts):
             pieces = [Piece(p.name, p.start, _on_host(p.values).copy()) for p in part.pieces]
             self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
+        self._progress.quiet = True
 
     def write(self, world: World | None = None) -> None:
         """Write this rank's pieces; when all have, give the checkpoint its name.
 
         ``world``: another of the same ranks to talk over, for a thread of its own.
         """
-        world = world or self._world
+        self._write_in_turn(world or self._world)
+        self.commit(world or self._world)
+
+    def _write_in_turn(self, world: World) -> None:
+        """All at once, or so many of a node at a time; or in concert."""
+        if self._writer == "mpi-io":
+            self._write_together(world)
+            return
         for turn in range(-(-world.local_size // self._writers)):
             if turn > 0:
                 world.barrier()
             if world.local_rank // self._writers == turn:
                 self.write_own()
-        self.commit(world)
+
+    def _write_together(self, world: World) -> None:
+        """Write all files by MPI-IO. Collective; ``commit`` tells how it went."""
+        for number, (layout, own) in enumerate(self._own_of_files()):
+            ranges = list(self._own_ranges(layout, own))
+            self._records += [(number, at, at + each.size, crc32(each)) for at, each in ranges]
+            try:
+                mpi_io.write_together(world.comm, self._staging / layout.name, ranges)
+            except OSError as error:
+                self._failure = f"[rank {world.rank}] {error}"
 
     def write_own(self) -> None:
         """Write this rank's pieces. Talks to nobody; ``commit`` tells how it went."""
         try:
-            self._records = list(self._write_pieces(self._world.rank))
+            self._records = list(self._write_pieces())
         except (OSError, CheckpointError) as error:
             self._failure = f"[rank {self._world.rank}] {error}"
 
@@ -135,42 +162,45 @@ class Save:
         if world.rank == 0 and failures:
             folder.discard(self._staging)
         failures = world.broadcast_object(failures)
+        nbytes = 0 if failures else sum(file.nbytes for file in self._files)
+        self._progress.close(f"{self.path} saved", nbytes)
         if failures:
             raise self._failed(failures)
 
-    def _write_pieces(self, rank: int) -> Iterator[tuple[int, int, int, int]]:
+    def _write_pieces(self) -> Iterator[tuple[int, int, int, int]]:
         """Write this rank's ranges, and tell each with its checksum."""
-        number = -1
+        for number, (layout, own) in enumerate(self._own_of_files()):
+            if not own and self._world.rank > 0:
+                continue
+            handle = files.open_to_write(self._staging / layout.name)
+            try:
+                for at, data in self._own_ranges(layout, own):
+                    files.write_at(handle, data, at)
+                    self._progress.add(data.size)
+                    yield number, at, at + data.size, crc32(data)
+                files.sync(handle)
+            finally:
+                files.close(handle)
+
+    def _own_of_files(self) -> Iterator[tuple[FileLayout, list[Piece]]]:
+        """Every file, and this rank's pieces of it, in the file's order."""
         for part, layouts in zip(self._parts, self._layouts, strict=True):
             of_part: dict[str, list[Piece]] = {}
             for piece in part.pieces:
                 of_part.setdefault(piece.name, []).append(piece)
             for layout in layouts:
-                number += 1
-                own = [piece for name in layout.specs for piece in of_part.get(name, ())]
-                if own or rank == 0:
-                    for start, stop, crc in self._write_file(layout, own, rank == 0):
-                        yield number, start, stop, crc
+                yield layout, [piece for name in layout.specs for piece in of_part.get(name, ())]
 
-    def _write_file(
-        self, layout: FileLayout, own: Sequence[Piece], with_header: bool
-    ) -> Iterator[tuple[int, int, int]]:
-        handle = files.open_to_write(self._staging / layout.name)
-        try:
-            if with_header:
-                files.write_at(handle, layout.header, 0)
-                yield 0, len(layout.header), crc32(layout.header)
-            for piece in own:
-                data = _on_host(piece.values).view(np.uint8)
-                at = layout.starts[piece.name]
-                at += piece.start * layout.specs[piece.name].dtype.itemsize
-                for start in range(0, data.size, LONGEST):
-                    some = data[start : start + LONGEST]
-                    files.write_at(handle, some, at + start)
-                    yield at + start, at + start + some.size, crc32(some)
-            files.sync(handle)
-        finally:
-            files.close(handle)
+    def _own_ranges(self, layout: FileLayout, own: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
+        """Where in a file to put what: the header (rank 0), and the pieces' bytes."""
+        if self._world.rank == 0:
+            yield 0, np.frombuffer(layout.header, np.uint8)
+        for piece in own:
+            data = _on_host(piece.values).view(np.uint8)
+            first = layout.starts[piece.name]
+            first += piece.start * layout.specs[piece.name].dtype.itemsize
+            for start in range(0, data.size, LONGEST):
+                yield first + start, data[start : start + LONGEST]
 
     def _finish(self, records: Any, ranks: int) -> None:
         sizes = [file.nbytes for file in self._files]

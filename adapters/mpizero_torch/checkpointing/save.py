@@ -44,6 +44,7 @@ def save(
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
     writers_per_node: int | None = None,
+    writer: str = "auto",
     world: World | None = None,
 ) -> PendingSave | None:
     """Save a run in the folder ``path``, which is there wholly or not at all. Collective.
@@ -59,6 +60,8 @@ def save(
     With ``asynchronous`` training waits only until the bytes are copied; what comes back is to be
     ``wait()``ed for, and tells how it went. ``largest_file``: bytes, above which a part is cut into
     several with an index. ``writers_per_node``: how many ranks of a node write at a time.
+    ``writer``: "posix" (each rank by itself), "mpi-io" (in concert), or "auto": MPI-IO on Lustre,
+    GPFS, PanFS and PVFS2.
 
     Raises CheckpointError on every rank if one cannot write (what was there before stays), and
     ArgumentError for what only a pickle could hold.
@@ -85,7 +88,7 @@ def save(
     parts.append(part)
     job = Save(
         Path(path), world, parts, values,
-        largest_file=largest_file, writers_per_node=writers_per_node,
+        largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
     )  # fmt: skip
     return carry_out(job, world, asynchronous)
 
