@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 import mpizero
 from mpizero import ArgumentError, CheckpointError, World, checkpoint
 from mpizero.checkpoint import files, mpi_io, progress, tree
+from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -277,6 +278,43 @@ def test_a_cut_off_change_is_undone(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "c", world) == {"a": 1}
     checkpoint.save(tmp_path / "c", {"a": 2}, world)
     assert [each.name for each in tmp_path.iterdir()] == ["c"]
+
+
+@ranks
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_no_checkpoint_is_not_replaced(folder: Path, what: str) -> None:
+    world = mpizero.init()
+    precious = folder / "runs" / "thesis.tex" if what == "folder" else folder / "runs"
+    if world.rank == 0:
+        precious.parent.mkdir(exist_ok=True)
+        precious.write_text("years")
+    with pytest.raises(CheckpointError, match="runs is no checkpoint"):
+        checkpoint.save(folder / "runs", {"a": 1}, world)
+    assert precious.read_text() == "years"
+    world.barrier()
+    if world.rank == 0:
+        shutil.rmtree(folder / "runs") if what == "folder" else precious.unlink()
+        (folder / "runs").mkdir()
+    world.barrier()
+    checkpoint.save(folder / "runs", {"a": 1}, world)  # an empty folder is
+    assert checkpoint.load(folder / "runs", world) == {"a": 1}
+
+
+@once
+def test_a_removal_that_is_cut_off_is_ended_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = mpizero.init()
+    for name in ("a", "b"):
+        checkpoint.save(tmp_path / name, {"a": 1}, world)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        discard(tmp_path / "a")
+        checkpoint.save(tmp_path / "b", {"a": 2}, world)  # and what it replaces
+    for name in ("a", "b"):
+        assert checkpoint.exists(tmp_path / name) == (name == "b")
+        checkpoint.save(tmp_path / name, {"a": 3}, world)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.fixture

@@ -8,22 +8,28 @@ the change is cut off in between, ``recover`` finds it.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from pathlib import Path
 
 from mpizero.checkpoint import files
+from mpizero.checkpoint.manifest import MANIFEST
+from mpizero.errors import CheckpointError
 
 _PARTIAL, _OLD = ".partial-", ".old-"
 
 
 def staging_for(path: Path) -> Path:
-    """A new folder beside ``path``, to be ``publish``ed. Removes what failed saves have left."""
+    """A new folder beside ``path``, to be ``publish``ed. Removes what failed saves have left.
+
+    Raises CheckpointError if something stands there that is no checkpoint: it stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
+    if path.exists() and not is_complete(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} is no checkpoint, and will not be replaced by one")
     remove_leftovers(path)
-    staging = path.with_name(f"{path.name}{_PARTIAL}{secrets.token_hex(4)}")
+    staging = _aside(path, _PARTIAL)
     staging.mkdir()
     return staging
 
@@ -31,7 +37,7 @@ def staging_for(path: Path) -> Path:
 def publish(staging: Path, path: Path) -> None:
     """Let a complete folder have its name, instead of what has it now."""
     files.sync_folder(staging)
-    old = path.with_name(f"{path.name}{_OLD}{secrets.token_hex(4)}")
+    old = _aside(path, _OLD)
     if path.exists():
         files.rename(path, old)
         try:
@@ -49,7 +55,7 @@ def recover(path: Path) -> None:
     """If a change was cut off between its two steps, let the old one have its name again."""
     if path.exists() or not path.parent.is_dir():
         return
-    asides = [each for each in path.parent.glob(f"{_literally(path.name)}{_OLD}*") if each.is_dir()]
+    asides = filter(is_complete, path.parent.glob(f"{_literally(path.name)}{_OLD}*"))
     for aside in sorted(asides, key=lambda each: each.stat().st_mtime)[-1:]:
         # Another process may have done the same by now.
         with contextlib.suppress(OSError):
@@ -71,11 +77,25 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, if it is there, so that it is never taken for a complete one meanwhile."""
+    """Remove a folder, if it is there.
+
+    Under another name first: what is half removed is no checkpoint, and the next save ends it.
+    """
     if path.is_dir() and not path.is_symlink():
-        with contextlib.suppress(OSError):
-            os.unlink(path / "manifest.json")
+        if is_complete(path):
+            own = path.name.partition(_OLD)[0]
+            with contextlib.suppress(OSError):
+                path = path.rename(_aside(path.with_name(own), _PARTIAL))
         shutil.rmtree(path, ignore_errors=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Does it have a manifest, which is written last?"""
+    return (path / MANIFEST).is_file()
+
+
+def _aside(path: Path, mark: str) -> Path:
+    return path.with_name(f"{path.name}{mark}{secrets.token_hex(4)}")
 
 
 def _literally(name: str) -> str:

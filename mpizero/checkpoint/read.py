@@ -219,7 +219,7 @@ def agreed(world: World) -> Iterator[None]:
 def exists(path: str | os.PathLike[str]) -> bool:
     """Is there a complete checkpoint? (One process; see ``folder.recover``.)"""
     folder.recover(Path(path))
-    return (Path(path) / MANIFEST).is_file()
+    return folder.is_complete(Path(path))
 
 
 def newest(path: str | os.PathLike[str]) -> Path:
@@ -230,8 +230,8 @@ def newest(path: str | os.PathLike[str]) -> Path:
     folder_of = Path(path)
     if exists(folder_of) or not folder_of.is_dir():
         return folder_of
-    found = [each for each in folder_of.iterdir() if (each / MANIFEST).is_file()]
-    whole = [each for each in found if each not in folder.leftovers(folder_of)]
+    left = folder.leftovers(folder_of)
+    whole = [each for each in folder_of.iterdir() if folder.is_complete(each) and each not in left]
     if not whole:
         return folder_of
     return max(whole, key=lambda each: ((each / MANIFEST).stat().st_mtime, each.name))
