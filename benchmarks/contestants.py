@@ -29,6 +29,7 @@ class Trainer:
     model: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor], object]
     update: Callable[[], object]
+    optimizer: Optimizer | None = None  # where it is one of torch's kind
 
 
 def adamw(model: nn.Module) -> Optimizer:
@@ -44,7 +45,7 @@ def plain_loop(model: nn.Module, optimizer: Optimizer) -> Trainer:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trainer(model, lambda loss: loss.backward(), update)
+    return Trainer(model, lambda loss: loss.backward(), update, optimizer)
 
 
 def alone(model: nn.Module) -> Trainer:
