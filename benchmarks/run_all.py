@@ -74,6 +74,9 @@ def benchmarks(ranks: Sequence[int], openmpi: bool, quick: bool) -> Iterator[Ben
             arguments = ("--model", model, *steps, *alone)
             yield Benchmark(f"train{mark}-{model}-{n}", n, "train_step.py", arguments)
         yield from zero(n, mark, quick)
+    if not openmpi:  # the disk is the same
+        model = ("--model", "gpt10m" if quick else "gpt2", "--rounds", "1" if quick else "2")
+        yield Benchmark("checkpoint-gpt2-2", 2, "checkpoint.py", model)
 
 
 def zero(n: int, mark: str, quick: bool) -> Iterator[Benchmark]:

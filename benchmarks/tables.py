@@ -18,6 +18,8 @@ TITLES = {
     "allreduce": "",  # each has its own
     "train": "\n| model | ranks | | step, ms | x torch DDP | communication and optimizer, ms |"
     "\n|---|---|---|---:|---:|---:|",
+    "checkpoint": "\n| model | | save, s | GB/s | load, cold, s | GB/s | load, warm, s "
+    "| blocked, s | of save | steps meanwhile |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     "memory": "\n| model | ranks | | started | steps | steady | data | peak | of torch DDP's |"
     "\n|---|---|---|---:|---:|---:|---:|---:|---:|",
 }
@@ -59,6 +61,27 @@ def train(found: dict[str, Any]) -> None:
         print(f"{line} |")
 
 
+def checkpoint(found: dict[str, Any]) -> None:
+    """A line for each bound and contestant; GB/s of the checkpoint's bytes."""
+    nbytes, bounds = found["rows"][0]["bytes"] / 1e9, found["bounds"]
+    for who in dict.fromkeys(key.partition(",")[0] for key in bounds):
+        write, cold, warm = (bounds[f"{who}, {what}"] for what in ("write", "cold", "warm"))
+        print(
+            f"| {found['model']} | plain calls, {who} | {write:.2f} | {nbytes / write:.2f} | "
+            f"{cold:.2f} | {nbytes / cold:.2f} | {warm:.2f} | | | |"
+        )
+    for row in found["rows"]:
+        size = row["bytes"] / 1e9
+        line = f"| {found['model']} | {row['name']} | {row['save']:.2f} | {size / row['save']:.2f}"
+        line += f" | {row['cold']:.2f} | {size / row['cold']:.2f} | {row['warm']:.2f} | "
+        if "blocked" in row:
+            line += f"{row['blocked']:.2f} | {row['blocked'] / row['save']:.0%}"
+            line += f" | x{row['slower']:.2f} |"
+        else:
+            line += "| | |"
+        print(line)
+
+
 def memory(found: dict[str, Any]) -> None:
     """A line for each contestant that came through; MiB over all ranks."""
     for row in found["rows"]:
@@ -77,7 +100,7 @@ def main() -> None:
     kinds = {kind: [each for each in results if kind_of(each) == kind] for kind in TITLES}
     for found in kinds["allreduce"]:
         allreduce(found)
-    for kind, line in (("train", train), ("memory", memory)):
+    for kind, line in (("train", train), ("memory", memory), ("checkpoint", checkpoint)):
         if kinds[kind]:
             print(TITLES[kind])
         for found in kinds[kind]:

@@ -453,3 +453,40 @@ def test_models_are_let_go(way: dict[str, Any]) -> None:
     del model, optimizer
     gc.collect()
     assert [each() for each in kept] == [None] * 4
+
+
+class WithNothing(torch.nn.Module):
+    """Has a parameter of no elements, which takes part all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(6, 6)
+        self.nothing = torch.nn.Parameter(torch.zeros(0, 3))
+        self.second = torch.nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)) + self.nothing.sum()
+
+
+@ranks
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("partition", ["flat", "parameter"])
+@pytest.mark.parametrize("segment_mb", [1e-5, 25])
+def test_parameters_of_no_elements(stage: int, partition: str, segment_mb: float) -> None:
+    """A backward pass once waited for ever for such a gradient in a segment of its own."""
+    models = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model: torch.nn.Module = WithNothing()
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if sharded:
+            model, optimizer = mz.zero(
+                model, optimizer, stage, partition=partition, segment_mb=segment_mb
+            )
+        for _ in range(2):
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model.state_dict())
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value)

@@ -118,15 +118,17 @@ def cut_by_parameter(
     itemsize = specs[members[0]].dtype.itemsize
     bins: list[list[int]] = [[]]
     filled = 0
-    for index in members:
+    some = [index for index in members if prod(specs[index].shape)]
+    for index in some:
         if bins[-1] and filled + specs[index].nbytes > segment_bytes:
             bins.append([])
             filled = 0
         bins[-1].append(index)
         filled += specs[index].nbytes
     bins = [sorted(each, key=lambda index: owners[index]) for each in bins]
+    # Parameters of no elements have a place, at the end, but lie in no segment.
     order = [index for each in bins for index in each]
-    layout = _lay_out(specs, order)
+    layout = _lay_out(specs, [*order, *(index for index in members if index not in order)])
     segments: list[Segment] = []
     ends = [layout.entries[str(each[0])].offset for each in bins[1:]] + [layout.size]
     start = 0
