@@ -6,6 +6,7 @@ pwrite). A test replaces these functions to make them fail.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -15,6 +16,7 @@ from mpizero.errors import CheckpointError
 
 # A symbolic link in a checkpoint that came from elsewhere could point anywhere.
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
 
 def create(path: Path, nbytes: int) -> None:
@@ -36,6 +38,17 @@ def write_at(handle: int, data: Any, place: int) -> None:
     while view.nbytes:
         done = os.pwrite(handle, view, place)
         view, place = view[done:], place + done
+
+
+def start_sync(handle: int, place: int, nbytes: int) -> None:
+    """Let what was just written begin to go to the disk, so that ``sync`` waits for less.
+
+    By itself the kernel would leave it in memory for long. It answers this advice, which is of
+    what nobody needs any more, by writing that out, and keeps it until it is written.
+    """
+    if _ADVISE is not None:
+        with contextlib.suppress(OSError):  # advice; not every file system takes it
+            _ADVISE(handle, place, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def sync(handle: int) -> None:
@@ -81,6 +94,13 @@ def open_to_read(path: Path) -> int:
         close(handle)
         raise CheckpointError(f"{path} is no ordinary file.")
     return handle
+
+
+def expect(handle: int, place: int, nbytes: int) -> None:
+    """Let the disk read ahead what will be asked for soon, while the processor has other work."""
+    if _ADVISE is not None:
+        with contextlib.suppress(OSError):
+            _ADVISE(handle, place, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def size(handle: int) -> int:

@@ -29,6 +29,8 @@ from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
 from mpizero.checkpoint.progress import Progress
 from mpizero.errors import ArgumentError, CheckpointError, MpizeroError
 
+_AHEAD = 32 << 20  # bytes that the disk reads ahead of us
+
 
 class Checkpoint:
     """A complete checkpoint, open for reading.
@@ -57,6 +59,7 @@ class Checkpoint:
         self.layouts: list[FileLayout] = found[1]
         self._records: list[Any] = found[2]
         self._handles: dict[int, int] = {}
+        self._expected: dict[int, int] = {}  # up to where each file is being read ahead
         self._where = {
             (layout.part, name): at
             for at, layout in enumerate(self.layouts)
@@ -170,6 +173,7 @@ class Checkpoint:
         for record in records[low:high]:
             start, stop = int(record["start"]), int(record["stop"])
             inside = target is not None and first <= start and stop <= last
+            self._read_ahead(at, stop)
             data = target[start - first : stop - first] if inside else np.empty(stop - start, "u1")
             try:
                 files.read_at(handle, start, data)
@@ -179,6 +183,15 @@ class Checkpoint:
                 raise self._damaged(at, name, f"bytes {start} to {stop} are not as written")
             self._progress.add(stop - start)
             yield start, stop, None if inside else data
+
+    def _read_ahead(self, at: int, place: int) -> None:
+        """Keep the disk busy from ``place`` on: the next range may be of the next tensor."""
+        until = self._expected.get(at, 0)
+        if not place <= until <= place + _AHEAD:
+            until = place  # not where the last range was
+        if until <= place + _AHEAD // 2:
+            files.expect(self._handle(at), until, place + _AHEAD - until)
+            self._expected[at] = place + _AHEAD
 
     def _files_of(self, part: str) -> list[FileLayout]:
         return [layout for layout in self.layouts if layout.part == part]

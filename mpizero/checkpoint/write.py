@@ -22,6 +22,8 @@ from mpizero.errors import ArgumentError, CheckpointError
 WRITERS = ("auto", "posix", "mpi-io")
 LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
 
+_ALIGNMENT = 64  # bytes: a cache line
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -108,9 +110,22 @@ class Save:
 
     def copy(self) -> None:
         """Put this rank's pieces aside, so that the originals may change from here on."""
-        for at, part in enumerate(self._parts):
-            pieces = [Piece(p.name, p.start, _on_host(p.values).copy()) for p in part.pieces]
-            self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
+        # One block of memory for all: the system gives it in large pages, several times faster
+        # than as many small blocks.
+        own = [p.values for part in self._parts for p in part.pieces]
+        room = np.empty(sum(_room(each) for each in own if isinstance(each, np.ndarray)), np.uint8)
+        at = 0
+        for number, part in enumerate(self._parts):
+            pieces = []
+            for piece in part.pieces:
+                if isinstance(piece.values, np.ndarray):
+                    aside = room[at : at + piece.values.nbytes].view(piece.values.dtype)
+                    aside[:] = piece.values
+                    at += _room(piece.values)
+                else:
+                    aside = _on_host(piece.values)
+                pieces.append(Piece(piece.name, piece.start, aside))
+            self._parts[number] = Part(part.name, part.specs, pieces, part.metadata)
         self._progress.quiet = True
 
     def write(self, world: World | None = None) -> None:
@@ -176,6 +191,7 @@ class Save:
             try:
                 for at, data in self._own_ranges(layout, own):
                     files.write_at(handle, data, at)
+                    files.start_sync(handle, at, data.size)
                     self._progress.add(data.size)
                     yield number, at, at + data.size, crc32(data)
                 files.sync(handle)
@@ -262,3 +278,8 @@ def _shared_out(spec: TensorSpec, values: Any, rank: int, ranks: int, before: in
 def _on_host(values: Any) -> Any:
     host = values if isinstance(values, np.ndarray) else values.get()
     return np.ascontiguousarray(host)
+
+
+def _room(values: np.ndarray[Any, Any]) -> int:
+    """Bytes of an array, and some to let the next one be aligned."""
+    return -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
