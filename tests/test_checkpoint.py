@@ -207,6 +207,28 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_without(
 
 
 @ranks
+@pytest.mark.parametrize("refusal", [None, OSError(errno.EINVAL, "no advice here")])
+def test_file_systems_need_not_take_advice(
+    folder: Path, refusal: OSError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def advise(*advice: int) -> None:
+        asked.append(advice)
+        if refusal is not None:
+            raise refusal
+
+    world = mpizero.init()
+    monkeypatch.setattr(files, "_ADVISE", advise)
+    checkpoint.save(folder / "c", values(), world)
+    assert_equal(checkpoint.load(folder / "c", world), values())
+    assert asked
+    monkeypatch.setattr(files, "_ADVISE", None)  # a system that has no such call
+    checkpoint.save(folder / "c", values(), world)
+    assert_equal(checkpoint.load(folder / "c", world), values())
+
+
+@ranks
 @pytest.mark.parametrize("writers", [1, 2])
 def test_few_write_at_a_time(folder: Path, writers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     world = mpizero.init()
@@ -231,6 +253,37 @@ def test_few_write_at_a_time(folder: Path, writers: int, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(found.read("state", "large"), values()["large"])
     with pytest.raises(ArgumentError, match="writers_per_node"):
         checkpoint.Save(folder / "d", world, [part], {}, writers_per_node=0)
+
+
+@ranks
+def test_the_memory_of_copies_goes_to_the_next_save(folder: Path) -> None:
+    world = mpizero.init()
+
+    def save_half(scale: float) -> int:
+        """Where the copy is; what is saved is what was, though it changes meanwhile."""
+        state = mpizero.ShardedState.scatter({"x": values(scale)["w"]}, world)
+        part = checkpoint.Part("state", *_of(state))
+        job = checkpoint.Save(folder / "c", world, [part], {})
+        job.prepare()
+        job.copy()
+        place = int(job._parts[0].pieces[0].values.ctypes.data)
+        for flat in state.flats.values():
+            flat[...] = 0
+        job.write()
+        with checkpoint.Checkpoint(folder / "c", world) as found:
+            np.testing.assert_array_equal(found.read("state", "x"), values(scale)["w"])
+        return place
+
+    first = save_half(1.0)
+    assert save_half(2.0) == first
+
+
+def _of(state: mpizero.ShardedState) -> tuple[list[TensorSpec], list[checkpoint.Piece]]:
+    own, elements = state.piece("x")
+    return (
+        [TensorSpec("x", own.dtype, state.shape("x"))],
+        [checkpoint.Piece("x", elements.start, own)],
+    )
 
 
 @ranks

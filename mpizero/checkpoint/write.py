@@ -13,6 +13,7 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.checkpoint import files, folder, mpi_io
+from mpizero.checkpoint.aside import Aside
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
 from mpizero.checkpoint.format import FileLayout, TensorSpec, index_of, lay_out
 from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
@@ -21,8 +22,6 @@ from mpizero.errors import ArgumentError, CheckpointError
 
 WRITERS = ("auto", "posix", "mpi-io")
 LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
-
-_ALIGNMENT = 64  # bytes: a cache line
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class Save:
         self._staging = path
         self._records: list[tuple[int, int, int, int]] = []
         self._failure = ""
+        self._aside: Aside | None = None
         own = sum(piece.values.nbytes for part in parts for piece in part.pieces)
         self._progress = Progress(f"saving {path}", own, world.rank == 0)
 
@@ -110,22 +110,16 @@ class Save:
 
     def copy(self) -> None:
         """Put this rank's pieces aside, so that the originals may change from here on."""
-        # One block of memory for all: the system gives it in large pages, several times faster
-        # than as many small blocks.
-        own = [p.values for part in self._parts for p in part.pieces]
-        room = np.empty(sum(_room(each) for each in own if isinstance(each, np.ndarray)), np.uint8)
-        at = 0
-        for number, part in enumerate(self._parts):
-            pieces = []
-            for piece in part.pieces:
-                if isinstance(piece.values, np.ndarray):
-                    aside = room[at : at + piece.values.nbytes].view(piece.values.dtype)
-                    aside[:] = piece.values
-                    at += _room(piece.values)
-                else:
-                    aside = _on_host(piece.values)
-                pieces.append(Piece(piece.name, piece.start, aside))
-            self._parts[number] = Part(part.name, part.specs, pieces, part.metadata)
+        host = [p.values for part in self._parts for p in part.pieces if _is_host(p.values)]
+        self._aside = aside = Aside(sum(map(Aside.room_for, host)))
+        for at, part in enumerate(self._parts):
+            pieces = [
+                Piece(
+                    p.name, p.start, aside.put(p.values) if _is_host(p.values) else p.values.get()
+                )
+                for p in part.pieces
+            ]
+            self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
         self._progress.quiet = True
 
     def write(self, world: World | None = None) -> None:
@@ -177,10 +171,17 @@ class Save:
         if world.rank == 0 and failures:
             folder.discard(self._staging)
         failures = world.broadcast_object(failures)
+        self._release()
         nbytes = 0 if failures else sum(file.nbytes for file in self._files)
         self._progress.close(f"{self.path} saved", nbytes)
         if failures:
             raise self._failed(failures)
+
+    def _release(self) -> None:
+        """The bytes are written; whoever saves next may have the copies' memory."""
+        self._parts = []
+        if self._aside is not None:
+            self._aside.give_back()
 
     def _write_pieces(self) -> Iterator[tuple[int, int, int, int]]:
         """Write this rank's ranges, and tell each with its checksum."""
@@ -276,10 +277,8 @@ def _shared_out(spec: TensorSpec, values: Any, rank: int, ranks: int, before: in
 
 
 def _on_host(values: Any) -> Any:
-    host = values if isinstance(values, np.ndarray) else values.get()
-    return np.ascontiguousarray(host)
+    return np.ascontiguousarray(values if _is_host(values) else values.get())
 
 
-def _room(values: np.ndarray[Any, Any]) -> int:
-    """Bytes of an array, and some to let the next one be aligned."""
-    return -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
+def _is_host(values: Any) -> bool:
+    return isinstance(values, np.ndarray)
