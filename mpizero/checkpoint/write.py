@@ -112,13 +112,12 @@ class Save:
         """Put this rank's pieces aside, so that the originals may change from here on."""
         host = [p.values for part in self._parts for p in part.pieces if _is_host(p.values)]
         self._aside = aside = Aside(sum(map(Aside.room_for, host)))
+
+        def copied(values: Any) -> Any:
+            return aside.put(values) if _is_host(values) else values.get()
+
         for at, part in enumerate(self._parts):
-            pieces = [
-                Piece(
-                    p.name, p.start, aside.put(p.values) if _is_host(p.values) else p.values.get()
-                )
-                for p in part.pieces
-            ]
+            pieces = [Piece(p.name, p.start, copied(p.values)) for p in part.pieces]
             self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
         self._progress.quiet = True
 
