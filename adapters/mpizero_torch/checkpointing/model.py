@@ -114,7 +114,8 @@ def load_model(
             if state is not None and index is not None:
                 state.fill(index, reader(checkpoint, PART, stored))
             else:
-                value.copy_(tensors.as_tensor(checkpoint.read(PART, stored)))
+                whole = checkpoint.borrow(PART, stored, slice(0, value.numel()))
+                value.copy_(tensors.as_tensor(whole).view(value.shape))
     extra = {
         name: tree.decode(each, array, tensors.as_tensor)
         for name, each in others.items()
@@ -140,8 +141,8 @@ def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 def reader(checkpoint: Checkpoint, part: str, name: str) -> Callable[[slice], torch.Tensor]:
-    """What reads elements of a stored tensor, 1-D."""
-    return lambda elements: tensors.as_tensor(checkpoint.read(part, name, elements))
+    """What reads elements of a stored tensor, 1-D, in memory that is borrowed."""
+    return lambda elements: tensors.as_tensor(checkpoint.borrow(part, name, elements))
 
 
 def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:

@@ -38,13 +38,16 @@ class Held:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of state that is not here as a whole: ``read(elements)`` gives some of it, 1-D."""
+    """A tensor of state that is not here as a whole: ``read(elements)`` gives some of it, 1-D.
+
+    What it gives is overwritten by what is read next.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[slice], torch.Tensor]
 
     def whole(self) -> torch.Tensor:
-        return self.read(slice(0, prod(self.shape))).view(self.shape)
+        return self.read(slice(0, prod(self.shape))).view(self.shape).clone()
 
 
 def consolidate(
