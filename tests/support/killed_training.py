@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -21,8 +22,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import mpizero_torch as mz
-from mpizero.checkpoint import files
+# Making an optimizer imports torch's compiler, which takes longer than the whole training does.
+torch._dynamo = sys.modules["torch._dynamo"] = types.ModuleType("torch._dynamo")
+torch._dynamo.disable = lambda function=None, recursive=True, **_: function
+torch._dynamo.graph_break = lambda *_, **__: None
+
+import mpizero_torch as mz  # noqa: E402
+from mpizero.checkpoint import files  # noqa: E402
 
 SAMPLES, BATCH = 40, 2
 
