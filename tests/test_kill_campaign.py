@@ -39,7 +39,7 @@ def test_saves_are_favoured_and_every_call_has_its_turn() -> None:
 def test_a_loss_that_differs_is_noticed(
     campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The campaign can fail: here the last life has lost what the one before had saved."""
+    """The campaign can fail: here one loss of the last life is not what it was."""
     live = kill_campaign.live
 
     def changed(*arguments: object) -> object:
