@@ -84,6 +84,20 @@ def test_the_manager_keeps_the_newest(folder: Path) -> None:
     assert manager.restore_latest() == 8
 
 
+@ranks
+def test_what_a_killed_run_had_yet_to_remove_goes_when_it_is_resumed(folder: Path) -> None:
+    """Killed between a save and the removal of the oldest, and with no save left to do."""
+    model, optimizer = build(1)
+    run = {"model": model, "optimizer": optimizer}
+    killed = mz.CheckpointManager(folder, keep=9, **run)
+    for step in (1, 2, 3):
+        killed.save(step)
+    resumed = mz.CheckpointManager(folder, keep=2, **run)
+    assert resumed.restore_latest() == 3
+    model.world.barrier()
+    assert resumed.steps() == [2, 3]
+
+
 @pytest.mark.parallel([2, 3, 4])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_what_one_rank_cannot_read_no_rank_goes_on_without(

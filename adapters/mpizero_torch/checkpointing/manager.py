@@ -118,6 +118,7 @@ class CheckpointManager:
         path = self.directory / f"step-{found[-1]:08}"
         self.extra = load(path, **self._run, world=self.world, **options)
         self._saved = int(self.extra["step"])
+        self._clean()  # a run that was killed may have had one to remove
         return self._saved
 
     def steps(self) -> list[int]:
