@@ -25,6 +25,8 @@ class CheckpointManager:
     Checkpoints are folders named ``step-00001000``; the ``keep`` newest stay. ``asynchronous``
     saves are waited for before the next begins, or, with ``when_busy="skip"``, the next is left
     out. With a ``guard``, the step after which the job has to leave is saved too, and ends it.
+
+    To be made on all ranks. Raises ArgumentError for a ``keep`` below 1 or another ``when_busy``.
     """
 
     def __init__(
@@ -90,7 +92,6 @@ class CheckpointManager:
             if self._when_busy == "skip" and self.world.allreduce(int(busy), "max"):
                 return False
             self.wait()
-        begin = time.monotonic()
         path = self.directory / f"step-{step:08}"
         self._pending = save(
             path, **self._run, extra={**extra, "step": step},
@@ -99,8 +100,6 @@ class CheckpointManager:
         self._last, self._saved = time.monotonic(), step
         if self._pending is None:
             self._clean()
-            if self.world.rank == 0:
-                _log.info("saved %s in %.1f s", path, self._last - begin)
         return True
 
     def restore_latest(self, **options: Any) -> int | None:
