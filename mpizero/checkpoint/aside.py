@@ -50,6 +50,8 @@ class _Spare:
         self._memory: np.ndarray[Any, Any] | None = None
 
     def take(self, nbytes: int) -> np.ndarray[Any, Any]:
+        if nbytes == 0:
+            return np.empty(0, np.uint8)
         with self._lock:
             found, self._memory = self._memory, None
         # One that is much too large is given back to the system.
