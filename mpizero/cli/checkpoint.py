@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mpizero.checkpoint import (
     newest,
 )
 from mpizero.checkpoint.format import FileLayout
+from mpizero.checkpoint.progress import Progress
 from mpizero.errors import MpizeroError
 
 _PATH = click.Path(path_type=Path)
@@ -66,8 +66,9 @@ def verify(path: Path) -> None:
     """Read everything and compare every checksum. Exit code 1 if anything is damaged."""
     found = _open(path)
     total = sum(layout.nbytes for layout in found.layouts)
-    with _bar(total, f"reading {found.path.name}") as bar:
-        wrong = found.verify(bar.update)
+    progress = Progress(f"reading {found.path.name}", total, shown=True)
+    wrong = found.verify(progress.add)
+    progress.close("read")
     for line in wrong:
         click.echo(line, err=True)
     if wrong:
@@ -92,8 +93,9 @@ def export(path: Path, out: Path, dtype: str | None, part: str) -> None:
         raise click.ClickException(f"{found.path} has no part {part!r} with tensors, but {there}")
     total = sum(spec.nbytes for spec in specs.values())
     try:
-        with _bar(total, f"writing {out.name}") as bar:
-            export_safetensors(found, part, out, dtype, bar.update)
+        progress = Progress(f"writing {out.name}", total, shown=True)
+        export_safetensors(found, part, out, dtype, progress.add)
+        progress.close("written")
     except (MpizeroError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{out}: {len(specs)} tensors")
@@ -153,13 +155,6 @@ def _position(state: Any) -> str:
         else f"{state.get('batches', 0):,} batches"
     )
     return f"{done} of epoch {state['epoch']}"
-
-
-def _bar(total: int, label: str) -> Any:
-    """Progress, where somebody looks at it."""
-    return click.progressbar(
-        length=total, label=label, file=sys.stderr, show_percent=True, width=30
-    )
 
 
 def _is_short(value: Any) -> bool:
