@@ -77,16 +77,20 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, if it is there.
+    """Remove a folder, if it is there, and can be removed.
 
     Under another name first: what is half removed is no checkpoint, and the next save ends it.
     """
-    if path.is_dir() and not path.is_symlink():
-        if is_complete(path):
-            own = path.name.partition(_OLD)[0]
-            with contextlib.suppress(OSError):
-                path = path.rename(_aside(path.with_name(own), _PARTIAL))
-        shutil.rmtree(path, ignore_errors=True)
+    if not path.is_dir() or path.is_symlink():
+        return
+    leaving = path
+    if _PARTIAL not in path.name:
+        leaving = _aside(path.with_name(path.name.partition(_OLD)[0]), _PARTIAL)
+        try:
+            files.rename(path, leaving)
+        except OSError:  # better whole than half
+            return
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def is_complete(path: Path) -> bool:
