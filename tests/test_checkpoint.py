@@ -176,12 +176,12 @@ def test_parallel_file_systems_are_known_by_their_mounts(tmp_path: Path) -> None
     mounts = tmp_path / "mounts"
     mounts.write_text(
         "/dev/a / ext4 rw 0 0\n"
-        "10.0.0.1@o2ib:/work /work lustre rw 0 0\n"
-        "scratch /work/fast\\040scratch gpfs rw 0 0\n"
+        "10.0.0.1@o2ib:/data /data lustre rw 0 0\n"
+        "disks /data/fast\\040disks gpfs rw 0 0\n"
     )
     for folder, kind in (
-        ("/", "ext4"), ("/work", "lustre"), ("/work/a/b", "lustre"), ("/workshop", "ext4"),
-        ("/work/fast scratch/x", "gpfs"),
+        ("/", "ext4"), ("/data", "lustre"), ("/data/a/b", "lustre"), ("/database", "ext4"),
+        ("/data/fast disks/x", "gpfs"),
     ):  # fmt: skip
         assert mpi_io.file_system(Path(folder), str(mounts)) == kind
     assert mpi_io.file_system(tmp_path, str(tmp_path / "none")) == ""
