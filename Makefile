@@ -45,9 +45,10 @@ demo: $(MPICH)/.demo-installed ## train a small GPT on two ranks and draw its lo
 	$(MPICH)/bin/mpirun -n 2 $(MPICH)/bin/python examples/train_gpt.py $(DEMO_ARGS)
 
 .PHONY: test
-test: ## everything CI checks: lint, then all tests with both MPIs
+test: ## everything CI checks: lint, the documentation, then all tests with both MPIs
 	@$(MAKE) --no-print-directory environments
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory suite
 
 .PHONY: suite
@@ -61,6 +62,12 @@ lint: $(MPICH)/.dev-installed ## ruff, mypy, and the contracts on who imports wh
 	$(MPICH)/bin/ruff format --check .
 	$(MPICH)/bin/mypy
 	PYTHONPATH=adapters $(MPICH)/bin/lint-imports
+
+.PHONY: docs
+docs: $(MPICH)/.docs-installed ## the documentation, to be opened from disk: docs/_build/html/index.html
+	@rm -rf docs/_build/html
+	$(MPICH)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -b html \
+		-d docs/_build/doctrees docs docs/_build/html
 
 .PHONY: format
 format: $(MPICH)/.dev-installed ## format the code and fix what can be fixed
@@ -79,13 +86,17 @@ bench: environments ## the benchmarks of docs/performance.md, both MPIs (15 minu
 
 .PHONY: clean
 clean: ## remove environments, builds and caches
-	rm -rf $(MPICH) $(OPENMPI) build dist *.egg-info .hypothesis .import_linter_cache \
+	rm -rf $(MPICH) $(OPENMPI) build dist docs/_build *.egg-info .hypothesis .import_linter_cache \
 		.mypy_cache .pytest_cache .ruff_cache
 	find mpizero adapters tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(MPICH)/.demo-installed: $(NEEDS)
 	$(call create_environment,$(MPICH))
 	@$(call pip_install,$(MPICH)) --no-build-isolation -e '.[demo,mpich]'
+	@touch $@
+
+$(MPICH)/.docs-installed: $(MPICH)/.demo-installed
+	@$(call pip_install,$(MPICH)) --no-build-isolation -e '.[docs]'
 	@touch $@
 
 $(MPICH)/.dev-installed: $(NEEDS)

@@ -34,7 +34,7 @@ MAX_BYTES = 4_000_000
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn pairs of coordinates by the position's angles (rotary embedding, arXiv 2104.09864)."""
     a, b = x.chunk(2, dim=-1)
-    cosine, sine = angles.cos(), angles.sin()
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger("mpizero")
 
 
 class PreemptionGuard:
-    """Tells, in each step, whether it is time to save and go.
+    """Tells, in each step, whether it is time to save and go::
 
         guard = mpizero.PreemptionGuard()
         for step, batch in enumerate(batches):

@@ -63,7 +63,7 @@ def save(
     largest_file: int = LARGEST_FILE,
     writer: str = "auto",
 ) -> PendingSave | None:
-    """Save named values: ``ShardedState``s, arrays, and nested plain values. Collective.
+    """Save named values: ``ShardedState``, arrays, and nested plain values. Collective.
 
     Arrays and plain values must be the same on all ranks; each rank writes a part of them.
     ``asynchronous`` copies this rank's bytes and returns what to ``wait()`` for. ``writer`` is

@@ -65,6 +65,8 @@ class StateOnDisk:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="mpizero-state-", dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, too
         self._known: dict[int, torch.Tensor] = {}
