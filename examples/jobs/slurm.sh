@@ -13,6 +13,7 @@
 #SBATCH --signal=USR1@120
 
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export SRUN_CPUS_PER_TASK=$OMP_NUM_THREADS # which srun does not take over by itself, from 22.05 on
 
 srun --cpu-bind=cores python examples/train_gpt.py \
     --strategy zero2 --checkpoint-dir "run-${SLURM_JOB_NAME:-train}" --checkpoint-every 500 --resume

@@ -69,6 +69,7 @@ def what_a_reader_has() -> dict[str, Any]:
     return {
         "torch": torch, "nn": nn, "np": np, "mpizero": mpizero, "mz": mz, "world": world,
         "Net": Net, "model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=3e-4),
+        "old": {f"module.{name}": each for name, each in model.state_dict().items()},
         "dataset": data, "loader": DataLoader(data, batch_size=8, shuffle=True),
         "loss_fn": nn.functional.mse_loss, "build": build,
         "batches": [DataLoader(data, batch_size=8).collate_fn([data[i] for i in range(8)])],
