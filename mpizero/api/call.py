@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
+from mpizero.diagnostics import Lane
 from mpizero.errors import LaunchError, MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
@@ -50,8 +51,10 @@ class Caller:
         cuda_aware: bool,
         node_memory: NodeMemory,
         tuning: Tuning,
+        lanes: tuple[Lane, Lane],
     ) -> None:
         self._alone = group.size == 1
+        self.lane, self._background_lane = lanes
         crowded = group.cores_per_rank < 1
         self._blocking, self._background = (
             Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
@@ -76,18 +79,31 @@ class Caller:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
         run = self._background if asynchronous else self._blocking
         filled = run.mark(call.arrays, call.stream)
+        lane = self._background_lane if asynchronous else self.lane
+        line = 0 if self._alone else lane.recorder.here()
 
         def work() -> Any:
+            if self._alone:
+                return carry_out(None)
+            at = lane.begin(call.description, sum(each.nbytes for each in call.arrays), line)
+            try:
+                return carry_out(at)
+            finally:
+                lane.end(at)
+
+        def carry_out(at: int | None) -> Any:
             if call.fill is not None:
                 run.run_after(filled, call.fill)
             if call.agrees_itself:
                 return call.work(run, None)
             parts = run.agree(call.description, call.arrays, call.items, sure)
+            if at is not None:
+                lane.agreed(at)
             return run.run_after(filled, lambda: call.work(run, parts))
 
         if not asynchronous:
             return work()
-        return finished(work()) if self._alone else self._worker.submit(work)
+        return finished(work()) if self._alone else self._worker.submit(work, call.description)
 
     def close(self) -> None:
         """Give back what the algorithms have of their own. Collective."""
@@ -123,7 +139,7 @@ class Caller:
                 dispatch.agree(refusal)
 
         if asynchronous:
-            self._worker.submit(tell).wait()
+            self._worker.submit(tell, refusal).wait()
         else:
             tell()
 

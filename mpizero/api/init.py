@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from typing import TYPE_CHECKING
 
+from mpizero import diagnostics
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
@@ -22,12 +23,15 @@ _keyval: int | None = None  # under which a communicator knows its World, until 
 _device: Device | None = None
 
 
-def init(comm: MPI.Intracomm | None = None) -> World:
+def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> World:
     """Start MPI and return the World of all ranks, or of the ranks of an mpi4py communicator.
 
     Collective. Binds this rank's device first (GPU = local rank modulo visible GPUs), because some
     MPIs look for it when they start. Safe to call twice: the same World comes back. From here on
     an uncaught exception on one rank ends the whole job.
+
+    ``timeout``: seconds that a rank may wait in a call before the job reports who waits for whom,
+    and ends; by default what ``MPIZERO_TIMEOUT`` says, or 600. 0: for ever.
 
     Raises LaunchError when the launcher's ranks do not see each other, when no MPI library is
     found, and in child processes of a rank; ArgumentError for what is no intracommunicator.
@@ -46,6 +50,7 @@ def init(comm: MPI.Intracomm | None = None) -> World:
     world: World | None = comm.Get_attr(_keyval)
     if world is None or world.closed:
         world = World(comm, device)
+        diagnostics.watch(world, timeout)
         install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)
@@ -71,7 +76,9 @@ def _refuse_children(launch: Launch | None) -> None:
 
 
 def _leave() -> None:
+    diagnostics.recorder().leave()
     for world in _worlds:
         if not world.closed:
             abort_if_failed(world.comm)
             world.finish()
+    diagnostics.stop_watching()

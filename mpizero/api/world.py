@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpizero import diagnostics
 from mpizero.api.call import Call, Caller, ClosedCaller
 from mpizero.collectives import tuning
 from mpizero.collectives.dispatch import Dispatch, Parts
+from mpizero.diagnostics.views import ASYNCHRONOUS, BLOCKING, WAITING, as_ranges
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
@@ -43,11 +45,23 @@ class World(Group):
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
-        self._worker = Worker(overlaps(self), device.activate)
+        name, recorder = as_ranges(self.job_ranks), diagnostics.recorder()
+        lanes = [recorder.lane(name, kind) for kind in (BLOCKING, ASYNCHRONOUS, WAITING)]
+        self._recorder, self._lane = recorder, lanes[0]
+        self._memory_lane = lanes[0]
+        if self.node_count > 1:  # memory is the node's
+            node_ranks = as_ranges(self.job_ranks[rank] for rank in self.node_ranks)
+            self._memory_lane = recorder.lane(node_ranks, BLOCKING)
+        self._worker = Worker(overlaps(self), device.activate, lanes[2])
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
         self._caller: Any = Caller(
-            self, self._worker, self.cuda_awareness.enabled, self._node_memory, self.tuning
+            self,
+            self._worker,
+            self.cuda_awareness.enabled,
+            self._node_memory,
+            self.tuning,
+            (lanes[0], lanes[1]),
         )
         self.closed = False
         self._plans = self._caller.plans
@@ -116,7 +130,11 @@ class World(Group):
         if plans is not None and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                plans.carry_out(plan, x)
+                at = self._lane.begin(plan.description, x.nbytes, self._recorder.here())
+                try:
+                    plans.carry_out(plan, x)
+                finally:
+                    self._lane.end(at)
                 return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
@@ -284,7 +302,8 @@ class World(Group):
         """
         if self.local_size == 1:
             return np.zeros(count, dtype)
-        return self._node_memory.allocate(count, dtype)
+        with diagnostics.recorded(self._memory_lane, f"allocate({count}, {np.dtype(dtype)})"):
+            return self._node_memory.allocate(count, dtype)
 
     def allocate_common(self, count: int, dtype: Any) -> Any:
         """A zeroed 1-D numpy array that is one and the same memory for all ranks of a node.
@@ -294,7 +313,8 @@ class World(Group):
         """
         if self.local_size == 1:
             return np.zeros(count, dtype)
-        return self._node_memory.allocate_common(count, dtype)
+        with diagnostics.recorded(self._memory_lane, f"allocate_common({count}, {np.dtype(dtype)})"):
+            return self._node_memory.allocate_common(count, dtype)
 
     def counterparts(self, array: Any) -> list[Any] | None:
         """All ranks' arrays in the place of ``array``, which ``allocate`` gave; by rank.

@@ -13,8 +13,16 @@ class Handle:
     Every rank must wait for its handles; the array must not be touched before.
     """
 
-    def __init__(self, work: Callable[[], Any], advance: Callable[[Handle], None]) -> None:
+    def __init__(
+        self,
+        work: Callable[[], Any],
+        advance: Callable[[Handle], None],
+        block: Callable[[Handle], None] = lambda handle: None,
+        what: str = "",
+    ) -> None:
+        self.what = what
         self._work: Callable[[], Any] | None = work
+        self._block = block
         self._advance = advance
         self._finished = threading.Event()
         self._result: Any = None
@@ -32,7 +40,7 @@ class Handle:
         """Wait until the operation has finished; return its array, or raise what it raised."""
         if not self._finished.is_set():
             self._advance(self)
-            self._finished.wait()
+            self._block(self)
         if self._error is not None:
             raise self._error
         return self._result

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from mpizero.diagnostics import Lane, recorded
 from mpizero.errors import ArgumentError
 from mpizero.progress.handle import Handle
 from mpizero.world.group import Group
@@ -44,16 +45,17 @@ def overlaps(group: Group) -> bool:
 class Worker:
     """Carries out operations one after the other, on a thread or when they are waited for."""
 
-    def __init__(self, threaded: bool, on_start: Callable[[], None]) -> None:
+    def __init__(self, threaded: bool, on_start: Callable[[], None], waiting: Lane) -> None:
         self.threaded = threaded
         self._on_start = on_start
+        self._waiting = waiting
         self._thread: threading.Thread | None = None
         self._submitted: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._pending: deque[Handle] = deque()
 
-    def submit(self, work: Callable[[], Any]) -> Handle:
-        """Queue ``work`` and return its handle."""
-        handle = Handle(work, self._advance)
+    def submit(self, work: Callable[[], Any], what: str) -> Handle:
+        """Queue ``work``, which is described by ``what``, and return its handle."""
+        handle = Handle(work, self._advance, self._block, what)
         if self.threaded:
             self._start()
             self._submitted.put(handle)
@@ -80,6 +82,12 @@ class Worker:
         self._on_start()
         while (handle := self._submitted.get()) is not None:
             handle.run()
+
+    def _block(self, wanted: Handle) -> None:
+        """With a thread: wait for it, and let the others know."""
+        if not wanted._finished.is_set():
+            with recorded(self._waiting, f"waiting for {wanted.what}"):
+                wanted._finished.wait()
 
     def _advance(self, wanted: Handle) -> None:
         """Without a thread: carry out everything up to ``wanted``."""

@@ -32,6 +32,16 @@ class Group:
         self.size: int = comm.size
         self.thread_level = thread_level()
         self._find_nodes()
+        self.job_ranks = self._find_job_ranks()
+
+    def _find_job_ranks(self) -> tuple[int, ...]:
+        """The ranks' numbers among all of the job."""
+        mpi = load_mpi()
+        ours, all_ranks = self.comm.Get_group(), mpi.COMM_WORLD.Get_group()
+        ranks = mpi.Group.Translate_ranks(ours, list(range(ours.size)), all_ranks)
+        ours.Free()
+        all_ranks.Free()
+        return tuple(ranks)
 
     def _find_nodes(self) -> None:
         mpi = load_mpi()

@@ -1,0 +1,226 @@
+"""What a rank leaves for others to read: a small ring of what it did, in memory that outlives it.
+
+Each rank writes into an anonymous file (memfd) that the other ranks of its node map as well, so
+that they can read it without its help: while it is stuck in a loop or in C, stopped, or gone. The
+memory has no name that could be left behind, and goes with the last process that maps it.
+
+    header          counters and states, of 8 bytes each
+    ring            the last calls: when they began, were agreed upon and ended, what and where
+    texts           each description and line of code once; a call names them by their offset
+    stacks          Python stacks, which faulthandler writes at its own pace
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+RING = 512  # calls
+FIELDS = 8  # of a call, 8 bytes each
+_HEADER_BYTES, _ENTRY_BYTES = 4096, 8 * FIELDS
+RING_START = _HEADER_BYTES
+TEXT_START = RING_START + RING * _ENTRY_BYTES
+_TEXT_BYTES = 512 << 10
+STACK_START = TEXT_START + _TEXT_BYTES
+STACK_BYTES = 4 << 20  # takes memory as far as it is written
+NBYTES = STACK_START + STACK_BYTES
+
+MAGIC = 0x6D70697A65726F31
+
+# Places in the header.
+(
+    AT_MAGIC,
+    AT_PID,
+    AT_RANK,
+    AT_SIZE,
+    AT_TEXT_END,
+    AT_STACK_READ,  # how much of the stacks has been reported: whoever reports moves it
+    AT_LEFT,  # 1: this rank came to the end of its program
+    AT_PHASE,  # offset of a text: what the rank does between calls
+    AT_PHASE_SINCE,
+    AT_NODE,  # the rank's node, counted
+    AT_STARTED,  # when the record was opened
+) = range(11)
+
+# Fields of a call. Times are CLOCK_MONOTONIC, in ns, which all processes of a node have in common.
+NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES = range(FIELDS)
+_SEQUENCE_BITS = 24  # SEQUENCE_BYTES = nbytes << 24 | sequence number modulo 2^24
+
+ENTRY = struct.Struct(f"<{FIELDS}q")
+_LENGTH = struct.Struct("<H")
+_LONGEST_TEXT = 1000
+
+
+@dataclass(frozen=True)
+class Made:
+    """One call of a rank: what, in which lane and turn, on how many bytes, from which line.
+
+    ``lane``: the ranks that make it together, and the kind of call, as "0-3 blocking"; ``sequence``
+    counts the calls of a lane. ``age``, ``took``: seconds since it began, and that it took (None:
+    it has not ended).
+    """
+
+    number: int
+    what: str
+    line: str
+    lane: str
+    sequence: int
+    nbytes: int
+    age: float
+    took: float | None
+
+    @property
+    def is_open(self) -> bool:
+        return self.took is None
+
+
+class Record:
+    """The memory of one rank's record, mapped here: its own, or another's."""
+
+    def __init__(self, fd: int) -> None:
+        self.memory = mmap.mmap(fd, NBYTES)
+        self.header = np.frombuffer(self.memory, np.int64, _HEADER_BYTES // 8)
+        self._ring = np.frombuffer(self.memory, np.int64, RING * FIELDS, RING_START)
+        self._ring = self._ring.reshape(RING, FIELDS)
+
+    @classmethod
+    def of_process(cls, pid: int, fd: int) -> Record | None:
+        """Another process's; None where the system does not let us see it."""
+        try:
+            opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+        except OSError:
+            return None
+        try:
+            record = cls(opened)
+        except (OSError, ValueError):
+            return None
+        finally:
+            os.close(opened)
+        return record if record.header[AT_MAGIC] == MAGIC and record.pid == pid else None
+
+    @property
+    def pid(self) -> int:
+        return int(self.header[AT_PID])
+
+    @property
+    def rank(self) -> int:
+        return int(self.header[AT_RANK])
+
+    @property
+    def size(self) -> int:
+        return int(self.header[AT_SIZE])
+
+    @property
+    def has_left(self) -> bool:
+        """Has the rank come to the end of its program?"""
+        return bool(self.header[AT_LEFT])
+
+    @property
+    def phase(self) -> str:
+        """What the rank said it was doing beside calls."""
+        at = int(self.header[AT_PHASE])
+        return self.text(at) if at else ""
+
+    @property
+    def phase_since(self) -> int:
+        return int(self.header[AT_PHASE_SINCE])
+
+    def text(self, at: int) -> str:
+        """The text with this offset."""
+        if not TEXT_START <= at < STACK_START:
+            return "?"
+        (length,) = _LENGTH.unpack_from(self.memory, at)
+        return self.memory[at + 2 : at + 2 + min(length, _LONGEST_TEXT)].decode(errors="replace")
+
+    def oldest_open(self) -> int | None:
+        """When the call began that has been open for longest; None if none is."""
+        ring = self._ring
+        begun = ring[(ring[:, NUMBER] > 0) & (ring[:, ENDED] == 0), BEGUN]
+        return int(begun.min()) if begun.size else None
+
+    def calls(self, now: int) -> list[Made]:
+        """The calls in the ring, the oldest first. ``now``: the clock, in ns."""
+        ring = self._ring[self._ring[:, NUMBER] > 0]
+        return [self._made(row, now) for row in ring[np.argsort(ring[:, NUMBER])].tolist()]
+
+    @property
+    def stack_end(self) -> int:
+        """How many bytes of stacks have been written."""
+        start = STACK_START + int(self.header[AT_STACK_READ])
+        end = self.memory.find(b"\0", start)
+        return (NBYTES if end < 0 else end) - STACK_START
+
+    @property
+    def has_new_stacks(self) -> bool:
+        """Have stacks been written that nobody has reported?"""
+        at = STACK_START + int(self.header[AT_STACK_READ])
+        return at < NBYTES and self.memory[at] != 0
+
+    def stacks(self, start: int, end: int) -> str:
+        """What was written between two places of ``stack_end``."""
+        return self.memory[STACK_START + start : STACK_START + end].decode(errors="replace")
+
+    def _made(self, row: list[int], now: int) -> Made:
+        begun, ended = row[BEGUN], row[ENDED]
+        return Made(
+            row[NUMBER],
+            self.text(row[TEXT]),
+            self.text(row[LINE]) if row[LINE] else "",
+            self.text(row[LANE]),
+            row[SEQUENCE_BYTES] & ((1 << _SEQUENCE_BITS) - 1),
+            row[SEQUENCE_BYTES] >> _SEQUENCE_BITS,
+            (now - begun) / 1e9,
+            (ended - begun) / 1e9 if ended else None,
+        )
+
+
+class Texts:
+    """Puts texts into a record, each once."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self.known: dict[str, int] = {}
+        self._end = TEXT_START
+        self._full = self.put("(a name; there is no room for more of them)")
+
+    def put(self, text: str) -> int:
+        """The offset of ``text``."""
+        found = self.known.get(text)
+        if found is not None:
+            return found
+        data = text.encode()[:_LONGEST_TEXT]
+        if self._end + 2 + len(data) > STACK_START:
+            return self._full
+        at = self._end
+        _LENGTH.pack_into(self._record.memory, at, len(data))
+        self._record.memory[at + 2 : at + 2 + len(data)] = data
+        self._end = at + 2 + len(data)
+        self.known[text] = at
+        return at
+
+
+def create_record(rank: int, size: int) -> tuple[Record, int]:
+    """A new record for this process, and its file descriptor."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(f"mpizero-rank-{rank}")
+    else:  # not Linux: nobody else can read it, but this rank reports on itself
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, NBYTES)
+    os.lseek(fd, STACK_START, os.SEEK_SET)  # where faulthandler goes on
+    record = Record(fd)
+    header = record.header
+    header[AT_PID], header[AT_RANK], header[AT_SIZE] = os.getpid(), rank, size
+    header[AT_MAGIC] = MAGIC
+    return record, fd
+
+
+def sequence_and_bytes(sequence: int, nbytes: int) -> int:
+    """One field for the two."""
+    return nbytes << _SEQUENCE_BITS | (sequence & ((1 << _SEQUENCE_BITS) - 1))

@@ -1,0 +1,179 @@
+"""``Recorder``: a rank writes down what it does, as it does it.
+
+On by default, so a call costs little: about as long as reading the clock twice and storing 64
+bytes. What is written, others read: see ``record`` for the memory, ``watchdog`` for the use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple, Protocol
+
+from mpizero.diagnostics import record
+from mpizero.diagnostics.record import (
+    AGREED,
+    AT_LEFT,
+    AT_PHASE,
+    AT_PHASE_SINCE,
+    AT_RANK,
+    AT_SIZE,
+    ENDED,
+    ENTRY,
+    RING,
+    RING_START,
+    Texts,
+    create_record,
+)
+
+# Whose frames are not the user's line of code: ours, and what lies between (torch's autograd).
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_NOT_THE_USERS = (_PACKAGE, f"{os.sep}mpizero_torch{os.sep}", f"{os.sep}site-packages{os.sep}")
+
+_clock, _pack = time.monotonic_ns, ENTRY.pack_into
+
+
+class Listener(Protocol):
+    """Who wants to hear of every call that has ended: a trace."""
+
+    def call(
+        self, what: str, line: str, lane: str, nbytes: int, begun: int, agreed: int, ended: int
+    ) -> None: ...
+
+    def span(self, name: str, begun: int, ended: int) -> None: ...
+
+
+class _Code(NamedTuple):
+    """Whose a function is, and the texts of its lines that have made calls."""
+
+    code: CodeType  # kept: another could get its place in memory
+    is_users: bool
+    lines: dict[int, int]
+
+
+class Recorder:
+    """This process's record, and the pen that writes it. One in a process, whatever its worlds."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.record, self.fd = create_record(rank, size)
+        self.texts = Texts(self.record)
+        self.listener: Listener | None = None
+        self._memory = self.record.memory
+        self._next = count(1).__next__  # threads may draw at once
+        self._words = memoryview(self._memory).cast("q")
+        self._places: dict[int, _Code] = {}
+        self._lanes: dict[str, int] = {}
+
+    def place(self, rank: int, size: int) -> None:
+        """Say which rank of how many this process is."""
+        self.record.header[AT_RANK], self.record.header[AT_SIZE] = rank, size
+
+    def lane(self, ranks: str, kind: str) -> Lane:
+        """A new lane: calls that ``ranks`` make together, in an order of their own."""
+        name = f"{ranks} {kind}"
+        times = self._lanes[name] = self._lanes.get(name, 0) + 1
+        return Lane(self, name if times == 1 else f"{ranks} ({times}) {kind}")
+
+    def here(self) -> int:
+        """The line of the user's code that is being carried out, as the offset of its text."""
+        frame: FrameType | None = sys._getframe(1)
+        places = self._places
+        while frame is not None:
+            # Code objects are told apart by identity: their hash goes through all of their content.
+            known = places.get(id(frame.f_code))
+            if known is None:
+                known = self._new_code(frame.f_code)
+            if known.is_users:
+                return known.lines.get(frame.f_lasti) or self._new_line(known, frame)
+            frame = frame.f_back
+        return 0
+
+    def _new_code(self, code: CodeType) -> _Code:
+        is_users = not any(part in code.co_filename for part in _NOT_THE_USERS)
+        known = self._places[id(code)] = _Code(code, is_users, {})
+        return known
+
+    def _new_line(self, known: _Code, frame: FrameType) -> int:
+        name = Path(frame.f_code.co_filename).name
+        at = self.texts.put(f"{name}:{frame.f_lineno} in {frame.f_code.co_name}")
+        known.lines[frame.f_lasti] = at
+        return at
+
+    def leave(self) -> None:
+        """This rank has come to the end of its program."""
+        self.record.header[AT_LEFT] = 1
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """What is done meanwhile, beside calls: "forward", "optimizer"."""
+        header = self.record.header
+        before = int(header[AT_PHASE])
+        begun = _clock()
+        header[AT_PHASE], header[AT_PHASE_SINCE] = self.texts.put(name), begun
+        try:
+            yield
+        finally:
+            ended = _clock()
+            header[AT_PHASE], header[AT_PHASE_SINCE] = before, ended
+            if self.listener is not None:
+                self.listener.span(name, begun, ended)
+
+
+class Lane:
+    """Calls that the same ranks make one after the other. Belongs to one thread at a time."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+        self._text = recorder.texts.put(name)
+        self._put, self._known = recorder.texts.put, recorder.texts.known
+        self._memory, self._words = recorder._memory, recorder._words
+        self._next = recorder._next
+        self._sequence = 0
+
+    def begin(self, what: str, nbytes: int = 0, line: int = 0) -> int:
+        """A call begins; returns where it is written down."""
+        self._sequence = sequence = self._sequence + 1
+        number = self._next()
+        at = RING_START + number % RING * 64
+        # sequence_and_bytes, without the time of a call
+        both = nbytes << 24 | (sequence & 0xFFFFFF)
+        text = self._known.get(what) or self._put(what)
+        _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both)
+        return at >> 3
+
+    def agreed(self, at: int) -> None:
+        """All ranks have come to the call that ``begin`` gave this place: data moves."""
+        self._words[at + AGREED] = _clock()
+
+    def end(self, at: int) -> None:
+        """The call has ended, or failed."""
+        ended = self._words[at + ENDED] = _clock()
+        listener = self.recorder.listener
+        if listener is not None:
+            row = self._words[at : at + record.FIELDS].tolist()
+            text = self.recorder.record.text
+            listener.call(
+                text(row[record.TEXT]),
+                text(row[record.LINE]) if row[record.LINE] else "",
+                self.name,
+                row[record.SEQUENCE_BYTES] >> 24,
+                row[record.BEGUN],
+                row[record.AGREED],
+                ended,
+            )
+
+
+@contextmanager
+def recorded(lane: Lane, what: str, nbytes: int = 0) -> Iterator[None]:
+    """For calls that need not be quick."""
+    at = lane.begin(what, nbytes, lane.recorder.here())
+    try:
+        yield
+    finally:
+        lane.end(at)

@@ -1,0 +1,79 @@
+"""This process's recorder and watchdog: one of each, whatever worlds it is in."""
+
+from __future__ import annotations
+
+import os
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from mpizero.diagnostics import stacks
+from mpizero.diagnostics.between_nodes import OtherNodes
+from mpizero.diagnostics.node import NodeRecords
+from mpizero.diagnostics.recorder import Recorder
+from mpizero.diagnostics.watchdog import Watchdog
+from mpizero.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from mpizero.world import Group
+
+DEFAULT_TIMEOUT = 600.0
+
+_recorder: Recorder | None = None
+_watchdog: Watchdog | None = None
+
+
+def recorder() -> Recorder:
+    """This process's."""
+    global _recorder
+    if _recorder is None:
+        _recorder = Recorder(0, 1)
+    return _recorder
+
+
+def watch(group: Group, timeout: float | None) -> None:
+    """Start the watchdog over this rank, one of the job's ``group``. Collective; once.
+
+    ``timeout``: seconds that a call may wait; None: what ``MPIZERO_TIMEOUT`` says, or 600; 0: for
+    ever. Said again later, it replaces what was said.
+    """
+    global _watchdog
+    seconds = seconds_of(timeout)
+    if _watchdog is not None:
+        if timeout is not None:
+            _watchdog.timeout = seconds
+        return
+    if group.size == 1:
+        return
+    own = recorder()
+    own.place(group.rank, group.size)
+    stacks.install(own.fd)
+    node = NodeRecords.gather(group.node_comm, group.rank, own.record, own.fd)
+    others = None
+    if group.node_count > 1 and group.thread_level == "multiple":
+        nodes = group.comm.allgather(group.node_index)
+        ranks_of = [[r for r, at in enumerate(nodes) if at == n] for n in range(group.node_count)]
+        others = OtherNodes(group.comm, ranks_of, lambda asked: node.look(with_stacks=asked))
+    _watchdog = Watchdog(own, node, others, seconds, group.comm.Abort)
+    _watchdog.start()
+
+
+def stop_watching() -> None:
+    """This rank has come to its end, with MPI's to follow."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
+
+
+def seconds_of(timeout: float | None) -> float | None:
+    """How long a call may wait; None: for ever. Raises ArgumentError for what is no time."""
+    name, given = "timeout", timeout
+    if timeout is None:
+        name, text = "MPIZERO_TIMEOUT", os.environ.get("MPIZERO_TIMEOUT", "")
+        try:
+            given = float(text) if text else DEFAULT_TIMEOUT
+        except ValueError:
+            raise ArgumentError("init()", name, repr(text), "seconds, or 0 for ever") from None
+    if given is None or not isfinite(given) or given < 0:
+        raise ArgumentError("init()", name, repr(given), "seconds >= 0, 0 for ever")
+    return given or None
