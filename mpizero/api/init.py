@@ -13,6 +13,7 @@ from mpizero.errors import ArgumentError, LaunchError
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
+from mpizero.world.segments import unname_segments
 from mpizero.world.startup import load_mpi, start_mpi
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> 
     world: World | None = comm.Get_attr(_keyval)
     if world is None or world.closed:
         world = World(comm, device)
+        unname_segments(world.node_comm)
         diagnostics.watch(world, timeout)
         install_abort_hooks(comm)
         if not _worlds:

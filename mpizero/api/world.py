@@ -313,7 +313,9 @@ class World(Group):
         """
         if self.local_size == 1:
             return np.zeros(count, dtype)
-        with diagnostics.recorded(self._memory_lane, f"allocate_common({count}, {np.dtype(dtype)})"):
+        with diagnostics.recorded(
+            self._memory_lane, f"allocate_common({count}, {np.dtype(dtype)})"
+        ):
             return self._node_memory.allocate_common(count, dtype)
 
     def counterparts(self, array: Any) -> list[Any] | None:

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpizero.diagnostics import stacks
@@ -24,9 +25,11 @@ class NodeRecords:
     reports; the kernel takes the lock back from who dies.
     """
 
-    def __init__(self, ranks: Sequence[int], records: Sequence[Record | None], claim: int) -> None:
+    def __init__(
+        self, ranks: Sequence[int], records: Sequence[Record | None], claim_fd: int
+    ) -> None:
         self.ranks, self.records = list(ranks), list(records)
-        self._claim_fd = claim
+        self._claim_fd = claim_fd
         self.host = socket.gethostname()
 
     @classmethod
@@ -44,13 +47,16 @@ class NodeRecords:
         node.Barrier()  # all have opened what they need: from here on ranks may die
         return cls([rank for rank, _, _ in known], records, claim)
 
-    def look(self, *, with_stacks: bool = False) -> list[View]:
-        """All ranks of the node."""
-        found = stacks.collect(self.records) if with_stacks else [""] * len(self.records)
-        return [
-            View(rank, self.host) if record is None else look_at(record, self.host, stack)
-            for rank, record, stack in zip(self.ranks, self.records, found, strict=True)
+    def look(self, *, with_stacks: bool = False, wake: bool = False) -> list[View]:
+        """All ranks of the node. ``wake``: see ``stacks.collect``."""
+        views = [
+            View(rank, self.host) if record is None else look_at(record, self.host)
+            for rank, record in zip(self.ranks, self.records, strict=True)
         ]
+        if not with_stacks:  # asked for last: a signal may make a rank move
+            return views
+        found = stacks.collect(self.records, wake=wake)
+        return [replace(view, stack=stack) for view, stack in zip(views, found, strict=True)]
 
     @property
     def was_asked(self) -> bool:

@@ -29,7 +29,7 @@ def oom_kills() -> int:
             events = folder / "memory.events"
             if events.exists():
                 pairs = (line.split() for line in events.read_text().splitlines())
-                return int(dict(pairs).get("oom_kill", 0))  # type: ignore[arg-type]
+                return int(dict(pairs).get("oom_kill", 0))
     except (OSError, ValueError):
         pass
     return 0

@@ -29,6 +29,7 @@ STACK_START = TEXT_START + _TEXT_BYTES
 STACK_BYTES = 4 << 20  # takes memory as far as it is written
 NBYTES = STACK_START + STACK_BYTES
 
+NAME = "mpizero-record"  # of the files, by which a job's processes are found
 MAGIC = 0x6D70697A65726F31
 
 # Places in the header.
@@ -43,7 +44,7 @@ MAGIC = 0x6D70697A65726F31
     AT_PHASE,  # offset of a text: what the rank does between calls
     AT_PHASE_SINCE,
     AT_NODE,  # the rank's node, counted
-    AT_STARTED,  # when the record was opened
+    AT_JOB,  # one number for all ranks of a job
 ) = range(11)
 
 # Fields of a call. Times are CLOCK_MONOTONIC, in ns, which all processes of a node have in common.
@@ -113,6 +114,14 @@ class Record:
     @property
     def size(self) -> int:
         return int(self.header[AT_SIZE])
+
+    @property
+    def node(self) -> int:
+        return int(self.header[AT_NODE])
+
+    @property
+    def job(self) -> int:
+        return int(self.header[AT_JOB])
 
     @property
     def has_left(self) -> bool:
@@ -206,7 +215,7 @@ class Texts:
 def create_record(rank: int, size: int) -> tuple[Record, int]:
     """A new record for this process, and its file descriptor."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create(f"mpizero-rank-{rank}")
+        fd = os.memfd_create(NAME)
     else:  # not Linux: nobody else can read it, but this rank reports on itself
         import tempfile
 
@@ -219,8 +228,3 @@ def create_record(rank: int, size: int) -> tuple[Record, int]:
     header[AT_PID], header[AT_RANK], header[AT_SIZE] = os.getpid(), rank, size
     header[AT_MAGIC] = MAGIC
     return record, fd
-
-
-def sequence_and_bytes(sequence: int, nbytes: int) -> int:
-    """One field for the two."""
-    return nbytes << _SEQUENCE_BITS | (sequence & ((1 << _SEQUENCE_BITS) - 1))

@@ -19,7 +19,9 @@ from typing import NamedTuple, Protocol
 from mpizero.diagnostics import record
 from mpizero.diagnostics.record import (
     AGREED,
+    AT_JOB,
     AT_LEFT,
+    AT_NODE,
     AT_PHASE,
     AT_PHASE_SINCE,
     AT_RANK,
@@ -70,9 +72,10 @@ class Recorder:
         self._places: dict[int, _Code] = {}
         self._lanes: dict[str, int] = {}
 
-    def place(self, rank: int, size: int) -> None:
-        """Say which rank of how many this process is."""
-        self.record.header[AT_RANK], self.record.header[AT_SIZE] = rank, size
+    def place(self, rank: int, size: int, node: int, job: int) -> None:
+        """Say which rank of how many, on which node, of which job this process is."""
+        header = self.record.header
+        header[AT_RANK], header[AT_SIZE], header[AT_NODE], header[AT_JOB] = rank, size, node, job
 
     def lane(self, ranks: str, kind: str) -> Lane:
         """A new lane: calls that ``ranks`` make together, in an order of their own."""
@@ -141,8 +144,7 @@ class Lane:
         self._sequence = sequence = self._sequence + 1
         number = self._next()
         at = RING_START + number % RING * 64
-        # sequence_and_bytes, without the time of a call
-        both = nbytes << 24 | (sequence & 0xFFFFFF)
+        both = (nbytes & 0x7FFFFFFFFF) << 24 | (sequence & 0xFFFFFF)
         text = self._known.get(what) or self._put(what)
         _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both)
         return at >> 3

@@ -38,11 +38,18 @@ def install(fd: int) -> None:
         faulthandler.register(ASK, fd, all_threads=True, chain=has_handler)
 
 
-def collect(records: Sequence[Record | None]) -> list[str]:
-    """The stacks of these processes; "" for those that give none."""
+def collect(records: Sequence[Record | None], *, wake: bool = False) -> list[str]:
+    """The stacks of these processes; "" for those that give none.
+
+    ``wake``: let stopped ones run for the moment that this takes.
+    """
     started = [0 if record is None else record.stack_end for record in records]
     stopped = [record is not None and is_stopped(record.pid) for record in records]
-    for record, is_still in zip(records, stopped, strict=True):
+    asked = [
+        None if record is None or (is_still and not wake) else record
+        for record, is_still in zip(records, stopped, strict=True)
+    ]
+    for record, is_still in zip(asked, stopped, strict=True):
         if record is not None:
             _ask(record.pid)
             if is_still:
@@ -51,15 +58,15 @@ def collect(records: Sequence[Record | None]) -> list[str]:
     ends = list(started)
     while time.monotonic() < deadline and quiet < _QUIET_NAPS:
         time.sleep(_NAP_SECONDS)
-        now = [0 if record is None else record.stack_end for record in records]
+        now = [0 if record is None else record.stack_end for record in asked]
         came = all(
             record is None or end > start
-            for record, end, start in zip(records, now, started, strict=True)
+            for record, end, start in zip(asked, now, started, strict=True)
         )
         quiet = quiet + 1 if came and now == ends else 0
         ends = now
     found = []
-    for record, is_still, start, end in zip(records, stopped, started, ends, strict=True):
+    for record, is_still, start, end in zip(asked, stopped, started, ends, strict=True):
         if record is None:
             found.append("")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def watch(group: Group, timeout: float | None) -> None:
     if group.size == 1:
         return
     own = recorder()
-    own.place(group.rank, group.size)
+    own.place(group.rank, group.size, group.node_index, group.comm.bcast(time.time_ns()))
     stacks.install(own.fd)
     node = NodeRecords.gather(group.node_comm, group.rank, own.record, own.fd)
     others = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from mpizero.diagnostics.process import GONE, RUNNING, state_of
+from mpizero.diagnostics.process import GONE, state_of
 from mpizero.diagnostics.record import Made, Record
 
 LEFT, UNSEEN = "left", "unseen"
@@ -59,7 +59,7 @@ class Stuck:
     missing: tuple[int, ...]
 
 
-def look_at(record: Record, host: str, stack: str = "") -> View:
+def look_at(record: Record, host: str) -> View:
     """The view of a rank of this node."""
     now = time.monotonic_ns()
     calls = record.calls(now)
@@ -71,13 +71,7 @@ def look_at(record: Record, host: str, stack: str = "") -> View:
         state = LEFT
     phase_age = (now - record.phase_since) / 1e9 if record.phase_since else 0.0
     calls = sorted(kept, key=lambda call: call.number)
-    return View(
-        record.rank, host, record.pid, state, tuple(calls), record.phase, phase_age, stack
-    )
-
-
-def with_stack(view: View, stack: str) -> View:
-    return replace(view, stack=stack)
+    return View(record.rank, host, record.pid, state, tuple(calls), record.phase, phase_age)
 
 
 def members(lane: str) -> set[int]:
@@ -157,6 +151,3 @@ def fingerprint(views: Sequence[View]) -> tuple[object, ...]:
         (view.rank, view.state, tuple((call.number, call.is_open) for call in view.calls))
         for view in views
     )
-
-
-__all__ = ["GONE", "LEFT", "RUNNING", "UNSEEN", "Stuck", "View"]

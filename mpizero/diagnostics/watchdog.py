@@ -9,6 +9,7 @@ of a node reports; then it ends the job.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,9 @@ _GRACE_SECONDS = 20.0
 
 # A job that MPI_Abort does not end: MPI itself may be stuck.
 _ABORT_SECONDS = 5.0
+
+# Open MPI's launcher has dropped what a rank wrote just before it aborted.
+_DRAIN_SECONDS = 0.5
 
 STATUS = 124  # as the command `timeout` ends with
 
@@ -121,7 +125,7 @@ class Watchdog:
         """Somebody has sent the signal to a rank of this node: report, and go on."""
         with self._node.speak() as mine:
             if mine and self._node.was_asked:
-                views = self._see_all()
+                views = self._see_all(wake=False)
                 title = f"as asked by SIGUSR2, what the {self._size} ranks are doing"
                 _print(report(title, views, self._notes()))
 
@@ -131,11 +135,11 @@ class Watchdog:
                 if not self._stop.wait(_GRACE_SECONDS):
                     self._kill()
                 return
-            _print(report(title, self._see_all(), self._notes()))
+            _print(report(title, self._see_all(wake=True), self._notes()))
             self._kill()
 
-    def _see_all(self) -> list[View]:
-        views = self._node.look(with_stacks=True)
+    def _see_all(self, *, wake: bool) -> list[View]:
+        views = self._node.look(with_stacks=True, wake=wake)
         if self._others is not None:
             views += self._others.ask(with_stacks=True)
         return sorted(views, key=lambda view: view.rank)
@@ -147,7 +151,8 @@ class Watchdog:
         return []
 
     def _kill(self) -> None:
-        timer = threading.Timer(_ABORT_SECONDS, os._exit, (STATUS,))
+        time.sleep(_DRAIN_SECONDS)
+        timer = threading.Timer(_ABORT_SECONDS, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
         self._abort(STATUS)

@@ -91,5 +91,8 @@ class Worker:
 
     def _advance(self, wanted: Handle) -> None:
         """Without a thread: carry out everything up to ``wanted``."""
-        while self._pending and not wanted._finished.is_set():
-            self._pending.popleft().run()
+        if not self._pending or wanted._finished.is_set():
+            return
+        with recorded(self._waiting, f"waiting for {wanted.what}"):
+            while self._pending and not wanted._finished.is_set():
+                self._pending.popleft().run()

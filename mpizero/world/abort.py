@@ -8,6 +8,7 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 import threading
 import time
@@ -49,6 +50,7 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
 
     sys.excepthook = end_job
     _watch_exit_status()
+    _watch_quick_exit(comm)
 
 
 def abort_if_failed(comm: MPI.Intracomm) -> None:
@@ -97,6 +99,25 @@ def _watch_exit_status() -> None:
     for name in ("exit", "quit"):  # site's, which raise SystemExit themselves
         if hasattr(builtins, name):
             setattr(builtins, name, exit_and_remember)
+
+
+def _watch_quick_exit(comm: MPI.Intracomm) -> None:
+    """``os._exit`` runs nothing at exit, and launchers differ in what they make of it.
+
+    MPICH's ends the others, with status 0 if this rank's was: a job that did half of its work
+    would count as done.
+    """
+    leave, pid = os._exit, os.getpid()
+
+    def end_job(status: int) -> NoReturn:
+        if os.getpid() == pid:  # a forked child may leave as it likes
+            line = f"[rank {comm.rank}] left by os._exit({status}); ending the job\n"
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            comm.Abort(status or 1)
+        leave(status)
+
+    os._exit = end_job
 
 
 class _Exit(SystemExit):

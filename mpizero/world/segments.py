@@ -1,0 +1,44 @@
+"""MPI's own shared memory, left without a name: then nothing stays when a job is killed.
+
+Both MPIs put a segment for messages within a node into /dev/shm when they start, and take its name
+away when they end in good order. A killed job leaves it there, until nobody can start one any more.
+What all ranks of a node have mapped needs no name.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpizero.world.startup import load_mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_FOLDER = "/dev/shm/"
+
+
+def unname_segments(node: MPI.Intracomm) -> None:
+    """Unlink the segments that all ranks of ``node`` have mapped. Collective over it.
+
+    Not in a job that was spawned by another (MPI_Comm_spawn), which may still look for the name.
+    """
+    mpi = load_mpi()
+    mine = set() if mpi.Comm.Get_parent() != mpi.COMM_NULL else _mapped()
+    everyones: list[set[str]] = node.allgather(mine)
+    if node.rank == 0:
+        for path in set.intersection(*everyones):
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _mapped() -> set[str]:
+    """The files of /dev/shm that this process maps, and that still have a name."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return set()
+    paths = {line.split(None, 5)[5] for line in lines if _FOLDER in line}
+    return {path for path in paths if path.startswith(_FOLDER) and Path(path).exists()}
