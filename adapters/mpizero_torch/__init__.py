@@ -25,6 +25,7 @@ from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
@@ -50,9 +51,11 @@ __all__ = [
     "SyncBatchNorm",
     "VerifyReport",
     "World",
+    "assert_in_sync",
     "clip_grad_norm_",
     "clip_grad_value_",
     "deferred",
+    "detect_nonfinite",
     "gathered",
     "init",
     "load",

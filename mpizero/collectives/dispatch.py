@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class Dispatch:
         crowded: bool,
     ) -> None:
         self._tuning = tuning
+        self._compares_all = os.environ.get("MPIZERO_DEBUG", "0") not in ("", "0")
         self.comm = comm
         self._one_node = node_memory.comm.size == comm.size
         self._rank, self._size = comm.rank, comm.size
@@ -96,9 +98,10 @@ class Dispatch:
         """Make sure that all ranks do the same (see ``Agreement.reach``), and are ready for it.
 
         Returns the counterparts of the first array if it lies in node-shared memory. Calls that are
-        ``sure`` to be the same are not compared where that would cost a message.
+        ``sure`` to be the same are not compared where that would cost a message (unless
+        ``MPIZERO_DEBUG`` is set).
         """
-        if self._size == 1 or (sure and self.board is None):
+        if self._size == 1 or (sure and self.board is None and not self._compares_all):
             return None
         spot = self._node_shared.spot(arrays[0]) if self._node_shared and arrays else NOWHERE
         common = self._agreement.reach(call, spot, items)
