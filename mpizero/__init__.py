@@ -5,6 +5,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 =================  ==============================================================================
 ``errors``         the exceptions
 ``world``          ranks, nodes, devices; starting and aborting MPI
+``diagnostics``    what each rank does, for all to see; the watchdog that reads it
 ``memory``         arrays of any library as flat memory; dtypes; staging for devices
 ``reduction``      summing blocks of memory
 ``collectives``    all-reduce and its kin: one file per algorithm, one that chooses
