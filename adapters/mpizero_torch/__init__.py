@@ -31,6 +31,7 @@ from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
+from mpizero_torch.timeline import trace
 from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "save",
     "shard",
     "sum",
+    "trace",
     "verify",
     "zero",
 ]

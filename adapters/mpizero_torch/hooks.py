@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mpizero import ArgumentError, MpizeroError, World
+from mpizero.diagnostics import recorder
 from mpizero.engine import ReducedPasses, Weight
 from mpizero_torch import batch_weight
 from mpizero_torch.replicate import Buffers
@@ -150,6 +151,7 @@ class BackwardHooks(ABC):
         if self._in_backward:
             return
         self._in_backward = True
+        self._span = recorder().begin_span("backward")
         # The engine's own way to run something at the end of backward; torch's DDP uses it too.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._weight = batch_weight.current(self._owner._stated)
@@ -171,6 +173,12 @@ class BackwardHooks(ABC):
 
     def _end(self) -> None:
         """Backward is over: average what is left, and hand the results over."""
+        try:
+            self._average()
+        finally:
+            recorder().end_span(self._span)
+
+    def _average(self) -> None:
         self._in_backward = False
         self._owner._stated = None
         batch_weight.state(None)

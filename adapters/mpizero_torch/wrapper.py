@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpizero import World
+from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
 from mpizero_torch import batch_weight
 from mpizero_torch.hooks import BackwardHooks
@@ -42,7 +43,8 @@ class DistributedModule(nn.Module):
             self._watch_parameters()
             if self._hooks is not None:
                 self._hooks.check_last_pass()
-        output = self.module(*args, **kwargs)
+        with recorder().span("forward"):
+            output = self.module(*args, **kwargs)
         if self._hooks is not None and torch.is_grad_enabled():
             self._hooks.watch_output(output)
         return output

@@ -53,6 +53,7 @@ def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> 
         world = World(comm, device)
         unname_segments(world.node_comm)
         diagnostics.watch(world, timeout)
+        diagnostics.trace_if_asked(world)
         install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)

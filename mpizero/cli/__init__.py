@@ -7,6 +7,7 @@ import click
 from mpizero.cli.bench import bench
 from mpizero.cli.checkpoint import checkpoint
 from mpizero.cli.inspect import inspect
+from mpizero.cli.trace import trace
 from mpizero.cli.tune import tune
 
 
@@ -19,4 +20,5 @@ def main() -> None:
 main.add_command(bench)
 main.add_command(checkpoint)
 main.add_command(inspect)
+main.add_command(trace)
 main.add_command(tune)

@@ -6,6 +6,23 @@
 from __future__ import annotations
 
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
-from mpizero.diagnostics.start import recorder, stop_watching, watch
+from mpizero.diagnostics.start import (
+    recorder,
+    spanned,
+    stop_watching,
+    trace,
+    trace_if_asked,
+    watch,
+)
 
-__all__ = ["Lane", "Recorder", "recorded", "recorder", "stop_watching", "watch"]
+__all__ = [
+    "Lane",
+    "Recorder",
+    "recorded",
+    "recorder",
+    "spanned",
+    "stop_watching",
+    "trace",
+    "trace_if_asked",
+    "watch",
+]

@@ -45,7 +45,15 @@ class Listener(Protocol):
     """Who wants to hear of every call that has ended: a trace."""
 
     def call(
-        self, what: str, line: str, lane: str, nbytes: int, begun: int, agreed: int, ended: int
+        self,
+        what: str,
+        line: str,
+        lane: str,
+        sequence: int,
+        nbytes: int,
+        begun: int,
+        agreed: int,
+        ended: int,
     ) -> None: ...
 
     def span(self, name: str, begun: int, ended: int) -> None: ...
@@ -57,6 +65,14 @@ class _Code(NamedTuple):
     code: CodeType  # kept: another could get its place in memory
     is_users: bool
     lines: dict[int, int]
+
+
+class Span(NamedTuple):
+    """What is being done: its name, since when, and what was being done before."""
+
+    name: str
+    begun: int
+    before: int
 
 
 class Recorder:
@@ -115,17 +131,24 @@ class Recorder:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """What is done meanwhile, beside calls: "forward", "optimizer"."""
-        header = self.record.header
-        before = int(header[AT_PHASE])
-        begun = _clock()
-        header[AT_PHASE], header[AT_PHASE_SINCE] = self.texts.put(name), begun
+        opened = self.begin_span(name)
         try:
             yield
         finally:
-            ended = _clock()
-            header[AT_PHASE], header[AT_PHASE_SINCE] = before, ended
-            if self.listener is not None:
-                self.listener.span(name, begun, ended)
+            self.end_span(opened)
+
+    def begin_span(self, name: str) -> Span:
+        """``span`` for what begins in one function and ends in another."""
+        header = self.record.header
+        opened = Span(name, _clock(), int(header[AT_PHASE]))
+        header[AT_PHASE], header[AT_PHASE_SINCE] = self.texts.put(name), opened.begun
+        return opened
+
+    def end_span(self, opened: Span) -> None:
+        header, ended = self.record.header, _clock()
+        header[AT_PHASE], header[AT_PHASE_SINCE] = opened.before, ended
+        if self.listener is not None:
+            self.listener.span(opened.name, opened.begun, ended)
 
 
 class Lane:
@@ -164,6 +187,7 @@ class Lane:
                 text(row[record.TEXT]),
                 text(row[record.LINE]) if row[record.LINE] else "",
                 self.name,
+                row[record.SEQUENCE_BYTES] & 0xFFFFFF,
                 row[record.SEQUENCE_BYTES] >> 24,
                 row[record.BEGUN],
                 row[record.AGREED],

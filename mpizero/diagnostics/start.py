@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from math import isfinite
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from mpizero.diagnostics import stacks
 from mpizero.diagnostics.between_nodes import OtherNodes
+from mpizero.diagnostics.clocks import offset_to_root
 from mpizero.diagnostics.node import NodeRecords
 from mpizero.diagnostics.recorder import Recorder
+from mpizero.diagnostics.trace import Tracer
 from mpizero.diagnostics.watchdog import Watchdog
 from mpizero.errors import ArgumentError
 
@@ -19,8 +25,12 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = 600.0
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _recorder: Recorder | None = None
 _watchdog: Watchdog | None = None
+_tracer: Tracer | None = None
 
 
 def recorder() -> Recorder:
@@ -29,6 +39,20 @@ def recorder() -> Recorder:
     if _recorder is None:
         _recorder = Recorder(0, 1)
     return _recorder
+
+
+def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: what the function does is a span of this name."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+            with recorder().span(name):
+                return function(*args, **kwargs)
+
+        return inside
+
+    return decorate
 
 
 def watch(group: Group, timeout: float | None) -> None:
@@ -58,9 +82,44 @@ def watch(group: Group, timeout: float | None) -> None:
     _watchdog.start()
 
 
+@contextmanager
+def trace(group: Group, folder: str | Path) -> Iterator[None]:
+    """Write a timeline of this rank into ``folder`` meanwhile. Collective over ``group``."""
+    _start_trace(group, Path(folder))
+    try:
+        yield
+    finally:
+        _stop_trace()
+
+
+def trace_if_asked(group: Group) -> None:
+    """From now on, if ``MPIZERO_TRACE`` names a folder. Collective."""
+    folder = os.environ.get("MPIZERO_TRACE")
+    if folder and _tracer is None:
+        _start_trace(group, Path(folder))
+
+
+def _start_trace(group: Group, folder: Path) -> None:
+    global _tracer
+    if _tracer is not None:
+        raise ArgumentError("trace()", "folder", repr(str(folder)), "one trace at a time")
+    offset = offset_to_root(group)
+    origin = group.comm.bcast(time.monotonic_ns())
+    _tracer = recorder().listener = Tracer(folder, group.rank, group.size, offset, origin)
+
+
+def _stop_trace() -> None:
+    global _tracer
+    if _tracer is not None:
+        recorder().listener = None
+        _tracer.close()
+        _tracer = None
+
+
 def stop_watching() -> None:
     """This rank has come to its end, with MPI's to follow."""
     global _watchdog
+    _stop_trace()
     if _watchdog is not None:
         _watchdog.stop()
         _watchdog = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, World
+from mpizero import ArgumentError, World, diagnostics
 from mpizero.checkpoint import (
     LARGEST_FILE,
     Checkpoint,
@@ -33,6 +33,7 @@ from mpizero_torch.wrapper import DistributedModule
 EXTRA = "extra"
 
 
+@diagnostics.spanned("checkpoint")
 def save(
     path: str | os.PathLike[str],
     *,

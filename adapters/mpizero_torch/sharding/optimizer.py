@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpizero import MpizeroError
+from mpizero.diagnostics import recorder
 from mpizero_torch.sharding.offload import with_gradients
 from mpizero_torch.sharding.optimizer_state import consolidate, distribute
 from mpizero_torch.sharding.runs import Run, split
@@ -57,13 +58,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._module.before_update()
-        if self._module.should_update():
-            if self._at_once:
-                self._inner.step()
-            else:
-                self._step_by_run()
-        self._module.after_update()
+        with recorder().span("optimizer"):
+            self._module.before_update()
+            if self._module.should_update():
+                if self._at_once:
+                    self._inner.step()
+                else:
+                    self._step_by_run()
+            self._module.after_update()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

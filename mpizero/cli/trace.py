@@ -1,0 +1,99 @@
+"""``mpizero trace``: what the timelines of a job say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpizero.diagnostics.summary import RankSummary, read_events, summarise
+from mpizero.errors import ArgumentError
+
+_COLOURS = {
+    "forward": "tab:blue", "backward": "tab:orange", "optimizer": "tab:green",
+    "checkpoint": "tab:brown",
+}  # fmt: skip
+
+
+@click.group()
+def trace() -> None:
+    """Timelines that MPIZERO_TRACE=FOLDER, or mz.trace(folder), has made a job write."""
+
+
+@trace.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline to this file.")
+@click.option("--merge", type=click.Path(path_type=Path), help="Write all ranks as one trace.")
+@click.option("--json", "as_json", is_flag=True, help="Print data.")
+def summary(folder: Path, plot: Path | None, merge: Path | None, as_json: bool) -> None:
+    """Print where the time of each rank went, and which rank the others waited for."""
+    try:
+        events = read_events(folder)
+    except ArgumentError as error:
+        raise click.ClickException(str(error)) from error
+    ranks = summarise(events)
+    if as_json:
+        click.echo(json.dumps([vars(each) for each in ranks], indent=2))
+    else:
+        click.echo(table(ranks))
+    if merge is not None:
+        merge.write_text(json.dumps({"traceEvents": events}))
+    if plot is not None:
+        draw(events, plot)
+
+
+def table(ranks: list[RankSummary]) -> str:
+    """For a person: one line a rank, in seconds, and who was waited for."""
+    names = list(dict.fromkeys(name for each in ranks for name in each.spans))
+    heads = [*names, "exposed", "overlapped", "waiting", "moving", "MiB", "awaited"]
+    rows = [["rank", "total", *heads]]
+    for each in ranks:
+        times = [each.total, *(each.spans.get(name, 0.0) for name in names)]
+        times += [each.exposed, each.overlapped, each.waiting, each.moving]
+        figures = [f"{seconds:.3f}" for seconds in times]
+        rows.append([str(each.rank), *figures, f"{each.nbytes / 2**20:.1f}", f"{each.caused:.3f}"])
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    total = sum(each.total for each in ranks) or 1.0
+    exposed = sum(each.exposed for each in ranks)
+    beside = sum(each.overlapped for each in ranks)
+    slowest = max(ranks, key=lambda each: each.caused)
+    lines += [
+        "",
+        f"exposed communication: {100 * exposed / total:.1f} % of the time; "
+        f"{100 * beside / ((beside + exposed) or 1.0):.0f} % of communication ran beside compute",
+    ]
+    if len(ranks) > 1:
+        lines.append(
+            f"the others waited longest for rank {slowest.rank}: {slowest.caused:.3f} s in all"
+        )
+    return "\n".join(lines)
+
+
+def draw(events: list[dict[str, Any]], file: Path) -> None:
+    """All ranks below one another: the program's spans, and communication under them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+
+    ranks = sorted({event["pid"] for event in events})
+    figure, axes = pyplot.subplots(figsize=(12, 1.2 + 0.8 * len(ranks)))
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        middle = -ranks.index(event["pid"]) + {0: 0.2, 1: -0.1, 2: -0.3}[event["tid"]]
+        colour = _COLOURS.get(event["name"], "tab:red" if event["tid"] else "tab:gray")
+        if event["cat"] == "wait":
+            colour = "lightgray"
+        axes.barh(middle, event["dur"] / 1e6, left=event["ts"] / 1e6, height=0.2, color=colour)
+    axes.set_yticks([-at for at in range(len(ranks))], [f"rank {rank}" for rank in ranks])
+    axes.set_xlabel("seconds")
+    names = {**_COLOURS, "communication": "tab:red", "waiting for others": "lightgray"}
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in names.values()]
+    axes.legend(handles, list(names), loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.15))
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
