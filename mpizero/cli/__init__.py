@@ -6,6 +6,7 @@ import click
 
 from mpizero.cli.bench import bench
 from mpizero.cli.checkpoint import checkpoint
+from mpizero.cli.plan import plan_command
 from mpizero.cli.tune import tune
 
 
@@ -17,4 +18,5 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(checkpoint)
+main.add_command(plan_command)
 main.add_command(tune)
