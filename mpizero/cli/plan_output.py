@@ -90,7 +90,8 @@ def draw(found: Plan, machine: Machine, limits: Limits, file: Path) -> None:
             # Stages often coincide: thinner lines lie on thicker ones.
             width = 5 - 1.2 * at
             axis.plot(sizes, values, "-", lw=width, label=f"stage {stage.stage}")
-        axis.set(xscale="log", yscale="log", xlabel="ranks", ylabel=label)
+        axis.set(xscale="log", xlabel="ranks", ylabel=label)
+        axis.set_ylim(bottom=0)
         axis.axvline(found.ranks.size, color="0.6", ls=":", lw=1)
         axis.grid(alpha=0.3)
     limit = limits.rank if limits.rank is not None else limits.node
@@ -105,41 +106,35 @@ def draw(found: Plan, machine: Machine, limits: Limits, file: Path) -> None:
 
 
 def _tables(found: Plan) -> Iterator[Table]:
-    stages = found.stages
-    yield "a rank holds, GB", _memory_rows([each.holding.rank for each in stages])
-    node = _memory_rows([each.holding.node for each in stages])
-    node.append(("in shared memory", [_giga(each.holding.shared) for each in stages]))
-    yield "a node holds, GB", node
-    step: list[Row] = [
-        ("sent between nodes", [_giga(each.traffic.network) for each in stages]),
-        ("messages in a row", [f"{each.traffic.messages:,}" for each in stages]),
-        ("through memory", [_giga(each.traffic.memory) for each in stages]),
-    ]
-    yield "a node moves, GB", step
+    stages, unit = found.stages, _unit(found)
+
+    def row(name: str, values: Sequence[float | None]) -> Row:
+        return name, [_amount(value, unit) for value in values]
+
+    def kinds(held: Sequence[Memory]) -> list[Row]:
+        named = [(text, [getattr(each, name) for each in held]) for name, text in _KINDS.items()]
+        return [row(*each) for each in [*named, ("total", [each.total for each in held])]]
+
+    node = row("in shared memory", [each.holding.shared for each in stages])
+    yield f"a rank holds, {unit}", kinds([each.holding.rank for each in stages])
+    yield f"a node holds, {unit}", [*kinds([each.holding.node for each in stages]), node]
+    yield (
+        f"a node moves, {unit}",
+        [
+            row("sent between nodes", [each.traffic.network for each in stages]),
+            row("through its memory", [each.traffic.memory for each in stages]),
+            ("messages in a row", [f"{each.traffic.messages:,}" for each in stages]),
+        ],
+    )
     times = [each.time for each in stages]
     if all(time is not None for time in times):
         names = ("compute", "gradients", "update", "parameters", "hidden", "total")
-        yield (
-            "a step, seconds",
-            [(name, [_seconds(getattr(time, name)) for time in times]) for name in names],
-        )
+        rows = [(name, [_seconds(getattr(time, name)) for time in times]) for name in names]
+        yield "a step, seconds", rows
     if stages[0].fits is not None:
-        yield (
-            "does it fit?",
-            [
-                (f"on {found.ranks.size} ranks", ["yes" if s.fits else "no" for s in stages]),
-                ("fewest ranks that do", [f"{s.fewest_ranks:,}" if s.fewest_ranks else "-"
-                                          for s in stages]),
-            ],
-        )  # fmt: skip
-
-
-def _memory_rows(held: Sequence[Memory]) -> list[Row]:
-    rows = [
-        (_KINDS[field.name], [_giga(getattr(each, field.name)) for each in held])
-        for field in fields(Memory)
-    ]
-    return [*rows, ("total", [_giga(each.total) for each in held])]
+        fits = ["yes" if each.fits else "no" for each in stages]
+        fewest = [f"{each.fewest_ranks:,}" if each.fewest_ranks else "-" for each in stages]
+        yield "fits", [(f"{found.ranks.size} ranks", fits), ("fewest ranks that do", fewest)]
 
 
 def _headline(found: Plan) -> str:
@@ -165,7 +160,8 @@ def _notes(found: Plan, machine: Machine, limits: Limits) -> Iterator[str]:
     if settings.precision == "bf16" and stages[0].stage == 0:
         yield "stage 0 keeps float32 parameters and gradients; its bf16 is torch.autocast"
     if any(each.time is None for each in stages):
-        yield "time: give --network-bandwidth (or --measured), --memory-bandwidth, --flops"
+        network = "--network-bandwidth or --measured, " if found.ranks.nodes > 1 else ""
+        yield f"time: give {network}--memory-bandwidth, and --compute-seconds or --flops"
     else:
         if stages[0].time is not None and stages[0].time.compute is None:
             yield "time: without compute; give --compute-seconds, or --flops and --sequence"
@@ -174,7 +170,7 @@ def _notes(found: Plan, machine: Machine, limits: Limits) -> Iterator[str]:
     taken = next((each for each in stages if each.stage == found.stage), None)
     if taken and limits.node is not None and taken.holding.shared > limits.node / 2:
         yield (
-            f"stage {taken.stage} wants {_giga(taken.holding.shared)} GB in /dev/shm, which most "
+            f"stage {taken.stage} wants {_amount(taken.holding.shared, 'GB')} GB in /dev/shm, which most "
             "systems limit to half the memory: see `df /dev/shm`"
         )
 
@@ -208,12 +204,17 @@ def _sizes(ranks: Ranks) -> list[int]:
     return sorted(found)
 
 
-def _giga(nbytes: float | None) -> str:
+def _unit(found: Plan) -> str:
+    return "GB" if max(each.holding.node.total for each in found.stages) >= 1e9 else "MB"
+
+
+def _amount(nbytes: float | None, unit: str) -> str:
     if nbytes is None:
         return "?"
-    if nbytes == 0:
+    value = nbytes / (1e9 if unit == "GB" else 1e6)
+    if not value:
         return "-"
-    return f"{nbytes / 1e9:,.3f}" if nbytes < 1e9 else f"{nbytes / 1e9:,.1f}"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _seconds(seconds: float | None) -> str:

@@ -159,8 +159,8 @@ def _why_none(stages: Sequence[StagePlan]) -> str:
     if not some:
         return (
             "no number of ranks is enough: what every node holds, whatever their number "
-            "(parameters, activations, what replicas keep), is too much. Take fewer ranks per node, a smaller "
-            "micro-batch, bf16, or, where parameters are shared, stage 3 without sharing."
+            "(parameters, activations, what replicas keep), is too much. Take fewer ranks per "
+            "node, a smaller micro-batch, bf16, or stage 3 without shared parameters."
         )
     best = min(some, key=lambda each: each.fewest_ranks or MOST_RANKS)
     return f"none fits; stage {best.stage} would on {best.fewest_ranks} ranks"

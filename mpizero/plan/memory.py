@@ -7,8 +7,9 @@ cache lines; what that adds is not counted, it is below 1 % for any model worth 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import ceil
+from typing import Any
 
 from mpizero.engine.gradient_shards import BUFFERS
 from mpizero.engine.partition import PARAMETER
@@ -104,8 +105,8 @@ def memory(model: Model, settings: Settings, ranks: Ranks, stage: int) -> Holdin
         activation_bytes(model, settings),
     )
     # Where a node has the parameters once, a rank's part of them times its ranks is once.
-    held = [getattr(rank, field.name) for field in fields(Memory)]
-    node = Memory(*(None if each is None else each * ranks.local for each in held))
+    held: dict[str, Any] = asdict(rank)
+    node = Memory(**{k: None if each is None else each * ranks.local for k, each in held.items()})
     shared = 0.0
     if ranks.local > 1:
         shared = ranks.local * buffers + (node.gradients if stage < 2 else 0.0)

@@ -40,11 +40,12 @@ class StepTime:
 def step_time(
     model: Model, settings: Settings, machine: Machine, moved: Traffic, stage: int
 ) -> StepTime | None:
-    """Of a step that moves ``moved``; None where the speed of something it needs is not known.
+    """Of a step that moves ``moved``; None where that cannot be said.
 
-    Without ``memory_bandwidth`` what goes through memory takes no time.
+    It takes the speed of the network, or on one node that of the memory. Where the network is known
+    and the memory is not, what goes through memory takes no time.
     """
-    if moved.network and machine.network_bandwidth is None:
+    if (machine.network_bandwidth if moved.network else machine.memory_bandwidth) is None:
         return None
     compute = compute_seconds(model, settings, machine)
     control = _seconds(moved.control, machine)
