@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
+from mpizero.plan import State, part_of_rank
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.module import ShardedModule
@@ -89,7 +90,8 @@ def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
         own, whole_buffers, strategy = _of_replica(model, optimizer)
         common, world = 0, model.world if isinstance(model, DistributedDataParallel) else init()
         state = own.optimizer_state
-        formula = own.parameters * 2 + state if state else None
+        whole = State(own.parameters, own.parameters, 0, state)
+        formula = part_of_rank(whole, stage=0, parts=1).total if state else None
     elements = sum(parameter.numel() for parameter in model.parameters())
     return _combine(world, strategy, elements, own, common, whole_buffers, formula)
 
@@ -158,7 +160,7 @@ def _of_replica(model: nn.Module, optimizer: Any) -> tuple[Held, int, str]:
 
 
 def _formula_sharded(model: ShardedModule) -> float | None:
-    """Of a rank: parameters, gradients and state, each divided by those who share it."""
+    """Of a rank. Optimizer state is what this rank has, as if all had as much."""
     state, stage = model.state, model.state.sharding.stage
     per_shard = _state_bytes(model.optimizer)
     if not per_shard:
@@ -171,22 +173,14 @@ def _formula_sharded(model: ShardedModule) -> float | None:
         gradients += count * state.gradient_dtype(own.space).itemsize
         if state.memory.masters[own.number] is not None:
             masters += count * state.memory.masters[own.number].itemsize
-    share = 1
-    if state.memory.common_bytes:
-        share = state.group.inner.size
-    elif stage == 3:
-        share = parts
-    frozen = sum(
+    parameters += sum(
         own.space.layout.size * own.space.layout.dtype.itemsize
         for own in state.spaces
         if own not in state.trained
     )
-    return (
-        (parameters + frozen) / share
-        + gradients / (parts if stage >= 2 else 1)
-        + masters / parts
-        + per_shard
-    )
+    whole = State(parameters, gradients, masters, per_shard * parts)
+    sharers = state.group.inner.size if state.memory.common_bytes else None
+    return part_of_rank(whole, stage, parts, sharers).total
 
 
 def _state_bytes(optimizer: Any) -> int:

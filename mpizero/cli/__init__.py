@@ -7,6 +7,7 @@ import click
 from mpizero.cli.bench import bench
 from mpizero.cli.checkpoint import checkpoint
 from mpizero.cli.inspect import inspect
+from mpizero.cli.plan import plan_command
 from mpizero.cli.trace import trace
 from mpizero.cli.tune import tune
 
@@ -21,4 +22,5 @@ main.add_command(bench)
 main.add_command(checkpoint)
 main.add_command(inspect)
 main.add_command(trace)
+main.add_command(plan_command)
 main.add_command(tune)

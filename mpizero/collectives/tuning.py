@@ -85,8 +85,13 @@ def job_key(ranks_per_node: int, nodes: int) -> str:
 
 def load(comm: MPI.Intracomm, ranks_per_node: int, nodes: int) -> Tuning:
     """The table for this job, read by rank 0 for all; the built-in one if there is none."""
-    found: Tuning = comm.bcast(_read(job_key(ranks_per_node, nodes)) if comm.rank == 0 else None)
+    found: Tuning = comm.bcast(find(ranks_per_node, nodes) if comm.rank == 0 else None)
     return found
+
+
+def find(ranks_per_node: int, nodes: int) -> Tuning:
+    """The table for such a job, without starting MPI; the built-in one if there is none."""
+    return _read(job_key(ranks_per_node, nodes))
 
 
 def save(tuning: Tuning, ranks_per_node: int, nodes: int) -> Path | None:

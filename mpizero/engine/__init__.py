@@ -11,6 +11,7 @@ from mpizero.engine.parameter_memory import COMMON, SHARDED, WHOLE, ParameterMem
 from mpizero.engine.partition import (
     FLAT,
     PARAMETER,
+    SEGMENT_BYTES,
     Space,
     balanced_owners,
     cut_by_parameter,
@@ -26,6 +27,7 @@ __all__ = [
     "COMMON",
     "FLAT",
     "PARAMETER",
+    "SEGMENT_BYTES",
     "SHARDED",
     "WHOLE",
     "Filling",

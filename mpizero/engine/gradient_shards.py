@@ -25,7 +25,7 @@ from mpizero.reduction.operation import SUM
 from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 
 # While one segment is summed the next is filled.
-_BUFFERS = 2
+BUFFERS = 2
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class GradientSharder(ReducedPasses):
         for dtype in dict.fromkeys(self._dtypes):
             sizes = [p.segment.size for p in self._segments if self._dtypes[p.space] == dtype]
             self._buffers[dtype] = [
-                allocate(max(sizes), dtype) for _ in range(min(_BUFFERS, len(sizes)))
+                allocate(max(sizes), dtype) for _ in range(min(BUFFERS, len(sizes)))
             ]
         self._memory = []
         for space, dtype in spaces:

@@ -25,6 +25,9 @@ from mpizero.layout import ALIGNMENT_BYTES, FlatLayout
 
 FLAT, PARAMETER = "flat", "parameter"
 
+# Large enough for bandwidth, small enough to be scratch.
+SEGMENT_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
 class Segment:

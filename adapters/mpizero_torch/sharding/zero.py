@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.engine import COMMON, SHARDED, WHOLE, ShardGroup
+from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -21,7 +21,7 @@ from mpizero_torch.sharding.optimizer import ShardedOptimizer
 from mpizero_torch.sharding.state import Sharding
 from mpizero_torch.wrapper import DistributedModule
 
-SEGMENT_MB = 8.0
+SEGMENT_MB = SEGMENT_BYTES / 2**20
 
 _PRECISIONS = {
     None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
