@@ -19,12 +19,15 @@ from mpizero import (
     MismatchError,
     MpizeroError,
     PreemptionGuard,
+    RankDiedError,
     World,
 )
+from mpizero.elastic import elastic
 from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.elastic_state import ElasticState
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
@@ -37,11 +40,13 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "DistributedDataParallel",
+    "ElasticState",
     "LaunchError",
     "MemoryReport",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
+    "RankDiedError",
     "ShardedLoader",
     "ShardedModule",
     "ShardedOptimizer",
@@ -53,6 +58,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "deferred",
+    "elastic",
     "gathered",
     "init",
     "load",

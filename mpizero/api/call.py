@@ -16,6 +16,7 @@ from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
 from mpizero.world import Group
+from mpizero.world.survival import lifeline, translated
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Caller:
             parts = run.agree(call.description, call.arrays, call.items, sure)
             return run.run_after(filled, lambda: call.work(run, parts))
 
+        if lifeline() is not None:
+            work = _surviving(work)
         if not asynchronous:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work)
@@ -126,6 +129,21 @@ class Caller:
             self._worker.submit(tell).wait()
         else:
             tell()
+
+
+def _surviving(work: Callable[[], Any]) -> Callable[[], Any]:
+    """``work`` that raises RankDiedError for whatever MPI says where a rank has died."""
+
+    def surviving() -> Any:
+        try:
+            return work()
+        except Exception as error:
+            found = translated(error)
+            if found is error:
+                raise
+            raise found from error
+
+    return surviving
 
 
 class ClosedCaller:

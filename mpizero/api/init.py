@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from typing import TYPE_CHECKING
 
+from mpizero.api import reform
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
@@ -22,16 +23,24 @@ _keyval: int | None = None  # under which a communicator knows its World, until 
 _device: Device | None = None
 
 
-def init(comm: MPI.Intracomm | None = None) -> World:
+def init(comm: MPI.Intracomm | None = None, *, elastic: bool = False) -> World:
     """Start MPI and return the World of all ranks, or of the ranks of an mpi4py communicator.
 
     Collective. Binds this rank's device first (GPU = local rank modulo visible GPUs), because some
     MPIs look for it when they start. Safe to call twice: the same World comes back. From here on
     an uncaught exception on one rank ends the whole job.
 
+    ``elastic``: be ready to go on when ranks die, in functions under ``@elastic``. It needs an MPI
+    that can do that (``mpirun --with-ft ulfm`` of Open MPI 5), and the first call to ask for it.
+    When a rank has died, and the others have formed another World, that one comes back.
+
     Raises LaunchError when the launcher's ranks do not see each other, when no MPI library is
-    found, and in child processes of a rank; ArgumentError for what is no intracommunicator.
+    found, in child processes of a rank, and for ``elastic`` where MPI cannot do it; ArgumentError
+    for what is no intracommunicator, and for ``elastic`` after a call without it.
     """
+    survivors = reform.current()
+    if comm is None and survivors is not None:
+        return survivors
     launch = read_launch(os.environ)
     _refuse_children(launch)
     device = _bind(launch)
@@ -44,8 +53,9 @@ def init(comm: MPI.Intracomm | None = None) -> World:
     if _keyval is None:
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
-    if world is None or world.closed:
-        world = World(comm, device)
+    if world is None or world.closed or elastic:
+        others = any(not known.closed for known in _worlds)
+        world = reform.start(comm, device, others) if elastic else World(comm, device)
         install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)
@@ -71,7 +81,8 @@ def _refuse_children(launch: Launch | None) -> None:
 
 
 def _leave() -> None:
-    for world in _worlds:
+    survivors = reform.current()
+    for world in [*_worlds, survivors] if survivors is not None else _worlds:
         if not world.closed:
             abort_if_failed(world.comm)
             world.finish()
