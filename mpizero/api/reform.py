@@ -56,7 +56,7 @@ def finished(error: BaseException | None) -> bool:
     flags = survival.NOBODY_FAILED | (survival.FINISHED if well else 0)
     agreed = lifeline.agree(flags)
     if not agreed & survival.NOBODY_FAILED:
-        end_quietly(lifeline.base)
+        end_quietly()
     return bool(agreed & survival.FINISHED)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,17 @@ from mpizero.collectives.transport import MpiTransport
 from mpizero.elastic.store import Index, Slot, data_start
 from mpizero.errors import ArgumentError
 
-Place = tuple[int, int, int, int]  # first element, last, the rank that wrote it, place in its slot
-Range = tuple[str, str, int, int]  # part, tensor, elements
+
+class Place(NamedTuple):
+    """Where elements of a tensor are: at so many bytes of the data of an old rank's slot."""
+
+    first: int
+    last: int
+    rank: int
+    at: int
+
+
+Range = tuple[str, str, int, int, Place]  # part, tensor, elements, and where they are
 
 
 class Snapshot:
@@ -39,11 +48,11 @@ class Snapshot:
         for rank, index in sorted(indices.items()):
             for part, name, first, count, place in index.pieces:
                 known = self._places.setdefault((part, name), [])
-                known.append((first, first + count, rank, place))
+                known.append(Place(first, first + count, rank, place))
         for known in self._places.values():
             known.sort()
         self._wanted: list[Range] = []
-        self._fetched: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        self._fetched: dict[Range, Any] = {}
 
     @property
     def is_whole(self) -> bool:
@@ -83,14 +92,15 @@ class Snapshot:
         """The same, 1-D."""
         spec = self._spec(part, name)
         out = np.zeros(elements.stop - elements.start, spec.dtype)
-        for first, last, rank, place in self._places.get((part, name), ()):
-            low, high = max(first, elements.start), min(last, elements.stop)
-            if low < high:
-                into = out[low - elements.start : high - elements.start]
-                if rank in self._slots:
-                    into[...] = self._here(rank, place, spec.dtype, first, low, high)
-                else:
-                    self._from_afar(part, name, low, high, into)
+        for low, high, place in self._tiles(part, name, elements):
+            into = out[low - elements.start : high - elements.start]
+            known = self._fetched.get((part, name, low, high, place))
+            if known is not None:
+                into[...] = known
+            elif place.rank in self._slots:
+                into[...] = self._here(place, spec.dtype, low, high)
+            else:
+                self._wanted.append((part, name, low, high, place))
         return out
 
     def want(self, part: str, prefix: str) -> None:
@@ -104,70 +114,58 @@ class Snapshot:
         wanted, self._wanted = list(dict.fromkeys(self._wanted)), []
         everyones: list[list[Range]] = world.gather_objects(wanted)
         outgoing = [
-            self._gather(ranges, only=world.rank, requester=rank)
-            for rank, ranges in enumerate(everyones)
+            self._gather(each for each in ranges if self._senders[each[-1].rank] == world.rank)
+            for ranges in everyones
         ]
-        incoming = [
-            np.empty(self._nbytes(wanted, sender, world.rank), np.uint8)
-            for sender in range(world.size)
-        ]
+        senders = [self._senders[place.rank] for *_, place in wanted]
+        nbytes = [self._nbytes(each) for each in wanted]
+        total = [sum(n for n, by in zip(nbytes, senders, strict=True) if by == sender)
+                 for sender in range(world.size)]  # fmt: skip
+        incoming = [np.empty(each, np.uint8) for each in total]
         transport = MpiTransport(world.comm, world.device)
         for shift in range(1, world.size):
             to, source = (world.rank + shift) % world.size, (world.rank - shift) % world.size
             transport.exchange(outgoing[to], to, incoming[source], source)
         at = [0] * world.size
-        for part, name, first, last in wanted:
-            out = np.empty(last - first, self._spec(part, name).dtype)
-            for low, high, _, _, sender in self._pieces(part, name, first, last):
-                nbytes = (high - low) * out.itemsize
-                data = incoming[sender][at[sender] : at[sender] + nbytes]
-                out.view(np.uint8)[(low - first) * out.itemsize :][:nbytes] = data
-                at[sender] += nbytes
-            self._fetched.setdefault((part, name), []).append((first, out))
+        for each, sender, size in zip(wanted, senders, nbytes, strict=True):
+            data = incoming[sender][at[sender] : at[sender] + size]
+            # A copy: the numbers of one may begin anywhere in the message.
+            self._fetched[each] = data.copy().view(self._spec(each[0], each[1]).dtype)
+            at[sender] += size
 
-    def _gather(self, ranges: Sequence[Range], only: int, requester: int) -> Any:
-        """The bytes that this rank has to send for another's ranges, in their order."""
+    def _tiles(self, part: str, name: str, elements: slice) -> Iterator[tuple[int, int, Place]]:
+        """Who has which of the ``elements``, each once; this rank's own memory first."""
+        places = sorted(
+            self._places.get((part, name), ()), key=lambda each: each.rank not in self._slots
+        )
+        missing = [(elements.start, elements.stop)]
+        for place in places:
+            left = []
+            for start, stop in missing:
+                low, high = max(start, place.first), min(stop, place.last)
+                if low >= high:
+                    left.append((start, stop))
+                    continue
+                yield low, high, place
+                left += [each for each in ((start, low), (high, stop)) if each[0] < each[1]]
+            missing = left
+
+    def _gather(self, ranges: Iterable[Range]) -> Any:
+        """The bytes of these ranges, one behind the other."""
         found = [np.empty(0, np.uint8)]
-        for part, name, first, last in ranges:
-            dtype = self._spec(part, name).dtype
-            for low, high, rank, place, sender in self._pieces(part, name, first, last):
-                if sender == only != requester:
-                    begin = self._first_of(part, name, rank, place)
-                    values = self._here(rank, place, dtype, begin, low, high)
-                    found.append(np.ascontiguousarray(values).view(np.uint8))
+        for part, name, low, high, place in ranges:
+            values = self._here(place, self._spec(part, name).dtype, low, high)
+            found.append(np.ascontiguousarray(values).view(np.uint8))
         return np.concatenate(found)
 
-    def _nbytes(self, ranges: Sequence[Range], sender: int, requester: int) -> int:
-        return sum(
-            (high - low) * self._spec(part, name).dtype.itemsize
-            for part, name, first, last in ranges
-            for low, high, _, _, each in self._pieces(part, name, first, last)
-            if each == sender != requester
-        )
+    def _nbytes(self, wanted: Range) -> int:
+        part, name, low, high, _ = wanted
+        return (high - low) * self._spec(part, name).dtype.itemsize
 
-    def _pieces(
-        self, part: str, name: str, first: int, last: int
-    ) -> list[tuple[int, int, int, int, int]]:
-        """What overlaps a range: elements, the old rank, the place in its slot, and who sends."""
-        return [
-            (max(start, first), min(stop, last), rank, place, self._senders[rank])
-            for start, stop, rank, place in self._places[part, name]
-            if max(start, first) < min(stop, last)
-        ]
-
-    def _first_of(self, part: str, name: str, rank: int, place: int) -> int:
-        return next(s for s, _, r, at in self._places[part, name] if (r, at) == (rank, place))
-
-    def _here(self, rank: int, place: int, dtype: Any, first: int, low: int, high: int) -> Any:
-        start = self._starts[rank] + place + (low - first) * dtype.itemsize
-        return self._slots[rank].memory[start : start + (high - low) * dtype.itemsize].view(dtype)
-
-    def _from_afar(self, part: str, name: str, low: int, high: int, into: Any) -> None:
-        for first, values in self._fetched.get((part, name), ()):
-            if first <= low and high <= first + values.size:
-                into[...] = values[low - first : high - first]
-                return
-        self._wanted.append((part, name, low, high))
+    def _here(self, place: Place, dtype: Any, low: int, high: int) -> Any:
+        start = self._starts[place.rank] + place.at + (low - place.first) * dtype.itemsize
+        stop = start + (high - low) * dtype.itemsize
+        return self._slots[place.rank].memory[start:stop].view(dtype)
 
     def _spec(self, part: str, name: str) -> TensorSpec:
         found = self.specs(part).get(name)
@@ -179,7 +177,7 @@ class Snapshot:
 def _covers(places: Sequence[Place], count: int) -> bool:
     """Do sorted places leave no element out?"""
     end = 0
-    for first, last, _, _ in places:
+    for first, last, *_ in places:
         if first > end:
             return False
         end = max(end, last)

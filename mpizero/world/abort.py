@@ -8,6 +8,7 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 import threading
 import time
@@ -63,11 +64,14 @@ def abort_if_failed(comm: MPI.Intracomm) -> None:
         _end_all(comm, _exit_status)
 
 
-def end_quietly(comm: MPI.Intracomm) -> NoReturn:
-    """Another rank has failed, and has told why: end this one."""
+def end_quietly(status: int = 1) -> NoReturn:
+    """End this process at once, where another has told why, or no other is left to be told.
+
+    Under ULFM not by MPI_Abort: its launcher may then return 0, or never.
+    """
     sys.stdout.flush()
-    comm.Abort(1)
-    raise SystemExit(1)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def expect_exit(status: int) -> None:
@@ -80,6 +84,7 @@ def _end_all(comm: MPI.Intracomm, status: int) -> None:
     survives = lifeline()
     if survives is not None:
         survives.end()
+        end_quietly(status)
     comm.Abort(status)
 
 

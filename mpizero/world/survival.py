@@ -87,7 +87,7 @@ class Lifeline:
             if isinstance(each, RankDiedError):
                 return True
             if isinstance(each, self._mpi.Exception) and (
-                each.Get_error_class() in self._classes or self.broken or self._anyone_died()
+                each.Get_error_class() in self._classes or self.broken or self._knows_why()
             ):
                 return True
         return False
@@ -138,11 +138,13 @@ class Lifeline:
         while self._peers:
             os.close(self._peers.pop())
 
-    def _anyone_died(self) -> bool:
+    def _knows_why(self) -> bool:
+        """Does MPI know of a death, or of somebody who does? (Some errors do not say.)"""
         group = self.base.Get_failed()
         size: int = group.size
         group.Free()
-        return size > 0
+        alive = [each for each in self._comms if each != self._mpi.COMM_NULL]
+        return size > 0 or any(each.Is_revoked() for each in alive)
 
     @property
     def _classes(self) -> tuple[int, ...]:
