@@ -97,8 +97,8 @@ class ElasticState:
     @property
     def committed_bytes(self) -> int:
         """Memory that this rank's commits take, and those that it keeps for another rank."""
-        own, kept = self._keeper.nbytes
-        return int(own + kept)
+        keeper: Keeper = self._keeper
+        return keeper.nbytes
 
     def begin(self, world: World) -> None:
         """Build everything on ``world``, as it was last committed. Called by ``@mz.elastic``."""

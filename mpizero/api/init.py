@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mpizero.api import reform
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
+from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
@@ -44,6 +45,8 @@ def init(comm: MPI.Intracomm | None = None, *, elastic: bool = False) -> World:
     launch = read_launch(os.environ)
     _refuse_children(launch)
     device = _bind(launch)
+    if elastic:
+        survival.prepare()
     if comm is None:
         comm = start_mpi(launch)
     mpi = load_mpi()

@@ -18,8 +18,7 @@ class Keeper:
     """Keeps commits for the case that ranks die; see ``Store``. ``redundancy``: 0 or 1 copies.
 
     Every rank's commit lies in memory of its node, twice (the last and the one before), where it is
-    there as long as any rank of the node is. With ``redundancy=1`` a rank of another node has a
-    copy of it too.
+    there as long as any rank of the node is. With ``redundancy=1`` the next node has a copy too.
     """
 
     def __init__(self, redundancy: int = 0) -> None:
@@ -48,10 +47,9 @@ class Keeper:
         del self._stores[:-1]
 
     @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of this rank's commits, and of those that it keeps for a rank elsewhere."""
-        sizes = [each.nbytes for each in self._stores]
-        return sum(own for own, _ in sizes), sum(kept for _, kept in sizes)
+    def nbytes(self) -> int:
+        """Bytes of this rank's commits, and of those that it keeps for ranks elsewhere."""
+        return sum(each.nbytes for each in self._stores)
 
     def _newest(self, world: World) -> Snapshot | None:
         readable: dict[Id, dict[int, Slot]] = {}

@@ -95,7 +95,7 @@ class Packed:
 
 
 class Store:
-    """The slots of this rank's node, and those that it keeps for a rank of another one.
+    """The slots of this rank's node, and those that it keeps for another node.
 
     ``generation``: the number of the World, of those that there have been.
     """
@@ -105,11 +105,9 @@ class Store:
         self._ranks = world.node_ranks
         self.number = 0  # of the last commit that all ranks have finished
         self._own: list[list[Slot]] = [[], []]  # of all ranks of the node
-        self._kept: list[Slot | None] = [None, None]
-        self._to: int | None = None
-        self._kept_rank: int | None = None
-        if redundancy:
-            self._to, self._kept_rank = _neighbours(world)
+        self._copies: list[dict[int, Slot]] = [{}, {}]  # by rank, of another node
+        # To whom each rank gives a copy; nobody, where all memory is one node's.
+        self._keeper_of = _neighbours(world) if redundancy and world.node_count > 1 else {}
 
     def commit(self, parts: Sequence[Part], values: dict[str, Any]) -> None:
         """Keep this; when it returns all ranks have. Collective."""
@@ -118,43 +116,72 @@ class Store:
         packed = Packed(parts, values)
         needed = int(self._world.allreduce(packed.nbytes, "max"))
         if not self._own[at] or len(self._own[at][0].memory) < needed:
-            room = -(-needed // _ROUND_TO) * _ROUND_TO
-            self._own[at] = []  # before there are others: they may be large
-            shared = open_shared(self._world.node_comm, room)
-            self._own[at] = [Slot(part) for part in shared.parts]
+            self._make_room(at, -(-needed // _ROUND_TO) * _ROUND_TO)
         own = self._own[at][self._world.local_rank]
         own.write(number, packed)
-        if self._to is not None:
+        if self._keeper_of:
             self._exchange(own, at, needed)
         self._world.barrier()
         self.number = number
 
     def found(self) -> Iterator[tuple[tuple[int, int], int, Slot]]:
         """Every whole commit that this rank can read: (generation, number), whose, and where."""
-        for slots in self._own:
-            for rank, slot in zip(self._ranks, slots, strict=False):
+        for own, copies in zip(self._own, self._copies, strict=True):
+            for rank, slot in [*zip(self._ranks, own, strict=False), *copies.items()]:
                 if slot.number:
                     yield (self.generation, slot.number), rank, slot
-        for kept in self._kept:
-            if kept is not None and self._kept_rank is not None and kept.number:
-                yield (self.generation, kept.number), self._kept_rank, kept
 
     @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of this rank's slots, and of those that it keeps for another."""
+    def nbytes(self) -> int:
+        """Bytes of this rank's slots, and of those that it keeps for others."""
         own = sum(len(slots[0].memory) for slots in self._own if slots)
-        return own, sum(len(kept.memory) for kept in self._kept if kept is not None)
+        kept = [rank for rank, keeper in self._keeper_of.items() if keeper == self._world.rank]
+        return own + sum(len(of[rank].memory) for of in self._copies for rank in kept if of)
+
+    def _make_room(self, at: int, nbytes: int) -> None:
+        """Slots of so many bytes. The whole node's, so that all of it can read them."""
+        world = self._world
+        self._own[at], self._copies[at] = [], {}  # before there are others: they may be large
+        self._own[at] = [Slot(part) for part in open_shared(world.node_comm, nbytes).parts]
+        kept = [
+            [rank for rank, keeper in self._keeper_of.items() if keeper == each]
+            for each in self._ranks
+        ]
+        most = max(map(len, kept))
+        if most:
+            parts = open_shared(world.node_comm, most * nbytes).parts
+            self._copies[at] = {
+                rank: Slot(part[place * nbytes : (place + 1) * nbytes])
+                for part, ranks in zip(parts, kept, strict=True)
+                for place, rank in enumerate(ranks)
+            }
 
     def _exchange(self, own: Slot, at: int, nbytes: int) -> None:
-        """Give this rank's slot to its neighbour, and keep another's."""
-        kept = self._kept[at]
-        if kept is None or len(kept.memory) < nbytes:
-            self._kept[at] = None
-            kept = Slot(np.zeros(len(own.memory), np.uint8))
-        self._kept[at] = None  # not before it is whole
-        transport = MpiTransport(self._world.comm, self._world.device)
-        transport.exchange(own.memory[:nbytes], self._to, kept.memory[:nbytes], self._kept_rank)
-        self._kept[at] = kept
+        """Give this rank's slot to its keeper, and keep those of others."""
+        world, keeper_of = self._world, self._keeper_of
+        transport = MpiTransport(world.comm, world.device)
+        for shift in range(1, world.size):
+            to, source = (world.rank + shift) % world.size, (world.rank - shift) % world.size
+            outgoing = own.memory[:nbytes] if keeper_of[world.rank] == to else None
+            copy = self._copies[at][source] if keeper_of[source] == world.rank else None
+            # The head comes last, so that what is not whole does not look so.
+            head = np.empty(_HEAD_BYTES, np.uint8)
+            if copy is not None:
+                copy.memory[:_HEAD_BYTES] = 0
+                fence()
+            for part, into in (
+                (slice(_HEAD_BYTES, nbytes), None if copy is None else copy.memory),
+                (slice(0, _HEAD_BYTES), None if copy is None else head),
+            ):
+                transport.exchange(
+                    None if outgoing is None else outgoing[part],
+                    None if outgoing is None else to,
+                    None if into is None else into[part],
+                    None if into is None else source,
+                )
+            if copy is not None:
+                fence()
+                copy.memory[:_HEAD_BYTES] = head
 
 
 def data_start(index_bytes: int) -> int:
@@ -166,12 +193,14 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _neighbours(world: World) -> tuple[int, int] | tuple[None, None]:
-    """To whom this rank gives a copy, and whose it keeps: of other nodes, if there are any."""
-    nodes = world.gather_objects((world.node_index, world.rank))
-    if world.node_count == 1:
-        return None, None  # whoever dies, its memory is the node's
-    order = [rank for _, rank in sorted(nodes)]
-    step = max(sum(node == each for node, _ in nodes) for each in range(world.node_count))
-    at = order.index(world.rank)
-    return order[(at + step) % world.size], order[(at - step) % world.size]
+def _neighbours(world: World) -> dict[int, int]:
+    """For each rank one of the next node, which keeps a copy of its commits. Collective."""
+    nodes: list[list[int]] = [[] for _ in range(world.node_count)]
+    for rank, node in enumerate(world.gather_objects(world.node_index)):
+        nodes[node].append(rank)
+    found = {}
+    for at, ranks in enumerate(nodes):
+        keepers = nodes[(at + 1) % len(nodes)]
+        for place, rank in enumerate(ranks):
+            found[rank] = keepers[place % len(keepers)]
+    return found

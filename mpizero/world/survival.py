@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ _TRUE = ("1", "t", "true", "y", "yes", "enabled")
 FINISHED, NOBODY_FAILED = 1, 2
 
 _lifeline: Lifeline | None = None
+_left: list[Sequence[MPI.Request]] = []  # requests that nobody will ever wait for
 
 
 class Lifeline:
@@ -152,6 +153,15 @@ class Lifeline:
         return mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED
 
 
+def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Before MPI starts: what Open MPI is to do otherwise where ranks may die.
+
+    At the end it lets the launcher tell it when all ranks have come, and where several have died at
+    the same moment the launcher (PRRTE 3) may wait for them for ever. We agree ourselves.
+    """
+    environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+
+
 def start(comm: MPI.Intracomm, environ: Mapping[str, str] = os.environ) -> Lifeline | None:
     """Be ready for deaths among the ranks of ``comm``. Collective.
 
@@ -212,6 +222,20 @@ def watch(comm: MPI.Intracomm) -> Callable[[], None] | None:
     """What those call who wait for ranks of ``comm`` without MPI; None if nobody need."""
     found = _lifeline
     return None if found is None else lambda: found.check(comm)
+
+
+def wait_each(requests: Sequence[MPI.Request]) -> None:
+    """Wait for these, where ranks may die.
+
+    If one fails, Open MPI's Waitall gives the others back too, and ends the process when one of
+    those fails later. So they are left as they are, with the memory that they send from or into.
+    """
+    for at, request in enumerate(requests):
+        try:
+            request.Wait()
+        except Exception:
+            _left.append(requests[at + 1 :])
+            raise
 
 
 def translated(error: BaseException) -> BaseException:
