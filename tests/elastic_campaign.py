@@ -80,7 +80,7 @@ class WrongError(Exception):
 def run(training: Training, folder: Path) -> Life:
     """Train, with all who die; raises WrongError if it does not end well."""
     log = folder / "log"
-    ended = start(training, {"log": str(log), "kills": training.kills}, ULFM)
+    ended = start(training, config(training, {"log": str(log), "kills": training.kills}), ULFM)
     life = read(log)
     if ended.returncode or not life.done:
         raise WrongError(f"ended with {ended.returncode}: {ended.stderr[-3000:]}")
@@ -91,37 +91,47 @@ def run(training: Training, folder: Path) -> Life:
     return life
 
 
-def expected(training: Training, life: Life, folder: Path) -> dict[int, str]:
+def expected(
+    trainings: Sequence[Training], segments: list[list[int]], batch: int, folder: Path
+) -> list[dict[int, str]]:
     """The losses of the same segments, by way of checkpoints on disk, where nobody dies."""
-    log = folder / "reference"
-    settings = {
-        "log": str(log), "folder": str(folder / "saved"), "segments": life.segments,
-        "batch": life.begins[0][2],
-    }  # fmt: skip
-    (folder / "saved").mkdir()
-    ended = start(training, settings)
+    configs = []
+    for number, training in enumerate(trainings):
+        own = folder / f"reference-{number}"
+        own.mkdir()
+        settings = {"log": str(own / "log"), "folder": str(own), "segments": segments}
+        configs.append(config(training, {**settings, "batch": batch}))
+    ended = start(trainings[0], configs)
     if ended.returncode:
         raise WrongError(f"the reference ended with {ended.returncode}: {ended.stderr[-3000:]}")
-    return read(log).losses
+    return [read(Path(each["log"])).losses for each in configs]
 
 
 def judge(training: Training, folder: Path) -> Life:
     """Run it and its reference; raises WrongError where their losses differ by a bit."""
     life = run(training, folder)
-    wanted = expected(training, life, folder)
-    differing = [step for step in range(training.steps) if life.losses[step] != wanted[step]]
-    if differing:
-        raise WrongError(f"segments {life.segments}: the losses of steps {differing} differ")
+    [wanted] = expected([training], life.segments, life.begins[0][2], folder)
+    compare(training, life, wanted)
     return life
 
 
-def start(training: Training, settings: dict[str, Any], args: Sequence[str] = ()) -> Finished:
-    """Run the program to its end; raises LaunchTimeoutError if it hangs."""
+def compare(training: Training, life: Life, wanted: dict[int, str]) -> None:
+    """Raises WrongError where losses differ by a bit."""
+    differing = [step for step in range(training.steps) if life.losses[step] != wanted[step]]
+    if differing:
+        raise WrongError(f"segments {life.segments}: the losses of steps {differing} differ")
+
+
+def config(training: Training, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the program is told."""
     own = ("stage", "share", "every", "redundancy", "steps")
-    config = {**{name: getattr(training, name) for name in own}, **settings}
-    return mpirun(
-        training.ranks, [str(PROGRAM), json.dumps(config)], SECONDS, training.environment, args
-    )
+    return {**{name: getattr(training, name) for name in own}, **settings}
+
+
+def start(training: Training, configs: Any, args: Sequence[str] = ()) -> Finished:
+    """Run the program to its end; raises LaunchTimeoutError if it hangs."""
+    program = [str(PROGRAM), json.dumps(configs)]
+    return mpirun(training.ranks, program, SECONDS, training.environment, args)
 
 
 def read(log: Path) -> Life:

@@ -12,14 +12,24 @@ from typing import Any
 
 import pytest
 
-import elastic_campaign
-from elastic_campaign import Life, Training, draw, judge, read
+from elastic_campaign import (
+    ULFM,
+    Training,
+    WrongError,
+    compare,
+    config,
+    draw,
+    expected,
+    judge,
+    read,
+    run,
+    start,
+)
 from mpizero import LaunchError, RankDiedError
 from mpizero.world.survival import refuse_without_ulfm
 from support.launch import find_mpirun, is_openmpi, mpirun
 
-ULFM = ("--with-ft", "ulfm")
-CAMPAIGN_RUNS = 3
+CAMPAIGN_RUNS = 2
 
 needs_ulfm = pytest.mark.skipif(
     not is_openmpi(find_mpirun(sys.executable)), reason="only Open MPI survives a rank's death"
@@ -30,75 +40,60 @@ def kill(step: int, moment: str, *ranks: int) -> dict[str, Any]:
     return {"step": step, "moment": moment, "ranks": list(ranks)}
 
 
-def check(training: Training, segments: list[list[int]], folder: Path) -> Life:
-    """Run it and the reference, and see that it went through these steps with so many ranks."""
-    life = judge(training, folder)
-    assert life.segments == segments
-    assert {batch for *_, batch in life.begins} == {4 * training.ranks}
-    assert life.done[1:4] == [str(training.steps - 2 + at) for at in range(3)]  # a value
-    return life
+STAGES = [
+    Training(3, 0, [kill(3, "backward", 0), kill(6, "between", 2)], thread=True, steps=9),
+    Training(3, 1, [kill(3, "between", 0), kill(6, "update", 2)], share=False, steps=9),
+    Training(3, 2, [kill(3, "update", 2), kill(8, "backward", 0)], every=3, steps=9),
+    Training(3, 3, [kill(3, "commit", 1), kill(6, "backward", 2)], share=False, steps=9),
+]
+SEGMENTS = [[0, 3], [3, 2], [6, 1]]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[int, str]], Path]:
+    """The losses at every stage, and a folder with what was saved."""
+    folder = tmp_path_factory.mktemp("references")
+    return expected(STAGES, SEGMENTS, 12, folder), folder
 
 
 @needs_ulfm
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_to_the_last_rank(stage: int, tmp_path: Path) -> None:
-    """One after the other: rank 0, the last one, another; inside steps and between them."""
-    moments = ("backward", "between", "update") if stage % 2 else ("update", "commit", "backward")
-    kills = [kill(3, moments[0], 0), kill(6, moments[1], 3), kill(8, moments[2], 1)]
-    share = False if stage == 3 else None
-    training = Training(4, stage, kills, share, thread=stage > 1, steps=12)
-    check(training, [[0, 4], [3, 3], [6, 2], [8, 1]], tmp_path)
+@pytest.mark.parametrize("training", STAGES, ids=lambda each: f"stage {each.stage}")
+def test_to_the_last_rank(
+    training: Training, references: tuple[list[dict[int, str]], Path], tmp_path: Path
+) -> None:
+    """One after the other: rank 0, the last one, the one between; inside steps and between them.
+
+    A commit that a rank dies in, or every third step only: then back to the one before.
+    """
+    life = run(training, tmp_path)
+    assert life.segments == SEGMENTS
+    assert {batch for *_, batch in life.begins} == {12}
+    assert life.done[1:4] == ["7", "8", "9"]  # a value of the state
+    compare(training, life, references[0][training.stage])
 
 
 @needs_ulfm
-@pytest.mark.parametrize(
-    ("stage", "moment", "thread"), [(0, "between", True), (3, "backward", False)]
-)
-def test_two_at_once(stage: int, moment: str, thread: bool, tmp_path: Path) -> None:
-    training = Training(4, stage, [kill(5, moment, 0, 2)], thread=thread, steps=10)
-    check(training, [[0, 4], [5, 2]], tmp_path)
-
-
-@needs_ulfm
-def test_back_to_the_last_commit_where_not_every_step_is_committed(tmp_path: Path) -> None:
-    training = Training(3, 2, [kill(5, "update", 2)], every=3, steps=10)
-    check(training, [[0, 3], [3, 2]], tmp_path)
-
-
-@needs_ulfm
-def test_a_whole_node_dies_and_another_has_its_copy(tmp_path: Path) -> None:
+def test_two_at_once_who_are_a_whole_node(tmp_path: Path) -> None:
     kills = [kill(4, "backward", 0, 1)]
-    training = Training(4, 3, kills, redundancy=1, ranks_per_node=2, steps=8)
-    check(training, [[0, 4], [4, 2]], tmp_path)
+    training = Training(4, 3, kills, redundancy=1, ranks_per_node=2, steps=7)
+    assert judge(training, tmp_path).segments == [[0, 4], [4, 2]]
 
 
 @needs_ulfm
-def test_a_node_without_copies_takes_its_part_along(tmp_path: Path) -> None:
-    training = Training(3, 2, [kill(4, "backward", 0)], ranks_per_node=1, steps=8)
-    with pytest.raises(elastic_campaign.WrongError, match="redundancy=1 keeps a copy"):
-        judge(training, tmp_path)
-
-
-@needs_ulfm
-def test_a_checkpoint_is_the_last_resort(tmp_path: Path) -> None:
-    """Of step 0, from a job before this one, whose commits are lost with a node."""
-    before = Training(2, 2, [], steps=3)
-    (tmp_path / "before").mkdir()
-    (tmp_path / "before" / "saved").mkdir()
-    settings = {"log": str(tmp_path / "log-before"), "segments": [[0, 2]], "batch": 8}
-    ended = elastic_campaign.start(
-        before, {**settings, "folder": str(tmp_path / "before" / "saved")}
-    )
-    assert ended.returncode == 0, ended.stderr
+def test_a_node_without_copies_takes_its_part_along(
+    references: tuple[list[dict[int, str]], Path], tmp_path: Path
+) -> None:
+    """To the last checkpoint, if there is one; else it is an error that says what to do."""
     training = Training(2, 2, [kill(5, "between", 1)], ranks_per_node=1, steps=8)
-    log = tmp_path / "log"
-    checkpoint = str(tmp_path / "before" / "saved")
-    kills = {"log": str(log), "kills": training.kills, "checkpoints": checkpoint}
-    ended = elastic_campaign.start(training, kills, ULFM)
+    with pytest.raises(WrongError, match="redundancy=1 keeps a copy"):
+        judge(training, tmp_path)
+    log = tmp_path / "log-with-checkpoint"
+    saved = str(references[1] / "reference-2" / "step-00000003")
+    settings = {"log": str(log), "kills": training.kills, "checkpoints": saved}
+    ended = start(training, config(training, settings), ULFM)
     assert ended.returncode == 0, ended.stderr
-    life = read(log)
-    assert [begin[:2] for begin in life.begins] == [[3, 2], [3, 1]]
-    assert sorted(life.losses) == list(range(3, 8))
+    assert [begin[:2] for begin in read(log).begins] == [[3, 2], [3, 1]]
+    assert sorted(read(log).losses) == list(range(3, 8))
 
 
 @needs_ulfm
@@ -164,9 +159,8 @@ def test_without_the_decorator_a_death_is_an_error_that_tells_so() -> None:
             print("noticed", flush=True)
             os._exit(0)
     """
-    for thread in ("thread", "inline"):
-        result = mpirun(3, program, env={"MPIZERO_PROGRESS": thread}, mpi_args=ULFM)
-        assert result.stdout.count("noticed") == 2, result.stderr
+    result = mpirun(3, program, env={"MPIZERO_PROGRESS": "thread"}, mpi_args=ULFM)
+    assert result.stdout.count("noticed") == 2, result.stderr
 
 
 def test_asking_for_it_where_it_cannot_be_is_an_error_with_the_remedy() -> None:

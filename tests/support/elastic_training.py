@@ -2,9 +2,9 @@
 
     mpirun --with-ft ulfm -n 3 python tests/support/elastic_training.py '{"stage": 2, ...}'
 
-Rank 0 of whoever is left writes a line into the log for each thing that has been done. With
-"segments" in the configuration it is the reference: [first step, ranks] in turn, each on so many
-ranks from the beginning on, from what the one before has saved on disk. Nobody dies there.
+Rank 0 of whoever is left writes a line into the log for each thing that has been done. A list of
+configurations asks for references: each has "segments", [first step, ranks] in turn, every one on
+so many ranks, from what the one before has saved on disk. Nobody dies there.
 """
 
 from __future__ import annotations
@@ -201,4 +201,8 @@ def reference(config: dict[str, Any]) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(40)  # where it hangs, if it does
     settings = json.loads(sys.argv[1])
-    (reference if "segments" in settings else survive)(settings)
+    if isinstance(settings, list):
+        for each in settings:
+            reference(each)
+    else:
+        survive(settings)
