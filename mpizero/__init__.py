@@ -17,6 +17,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``sampling``       which samples a rank trains on
 ``engine``         gradient buckets and their reduction, told by an adapter what is ready
 ``checkpoint``     all of that on disk, and back on any number of ranks
+``elastic``        going on when ranks die
 ``preemption``     leaving in time, when the scheduler is about to stop the job
 ``measure``        timing collectives
 ``cli``            the command ``mpizero``
@@ -29,7 +30,14 @@ from __future__ import annotations
 
 from mpizero import optim
 from mpizero.api import World, init
-from mpizero.errors import ArgumentError, CheckpointError, LaunchError, MismatchError, MpizeroError
+from mpizero.errors import (
+    ArgumentError,
+    CheckpointError,
+    LaunchError,
+    MismatchError,
+    MpizeroError,
+    RankDiedError,
+)
 from mpizero.preemption import PreemptionGuard
 from mpizero.progress import Handle
 from mpizero.sharded import ShardedState
@@ -44,6 +52,7 @@ __all__ = [
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
+    "RankDiedError",
     "ShardedState",
     "World",
     "init",

@@ -32,5 +32,9 @@ class MismatchError(MpizeroError, RuntimeError):
     """Ranks disagree about what they are doing: names the ranks and what each did."""
 
 
+class RankDiedError(MpizeroError, RuntimeError):
+    """A rank of the job has died, in a job that may survive it (``init(elastic=True)``)."""
+
+
 class CheckpointError(MpizeroError, RuntimeError):
     """A checkpoint that could not be written or read: says why, on which rank, in which file."""

@@ -96,9 +96,11 @@ class ShardedBatches:
         self.count, self.batch_size, self.size = count, batch_size, size
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.share = Share.of(rank, size, speeds, "ShardedBatches()")
+        # Samples of a step over all ranks. Not ``batch_size`` for each where ranks have been lost.
+        self.width = batch_size * size
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.count, self.batch_size * self.size)
+        whole, rest = divmod(self.count, self.width)
         return whole + (rest > 0 and not self.drop_last)
 
     def order(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -115,7 +117,7 @@ class ShardedBatches:
         The first ``skip`` samples have been taken before, perhaps by another number of ranks.
         """
         indices = self.order(number) if order is None else np.asarray(order, dtype=np.int64)
-        width = self.batch_size * self.size
+        width = self.width
         for start in range(skip, self.count, width):
             together = indices[start : start + width]
             if len(together) < width and self.drop_last:

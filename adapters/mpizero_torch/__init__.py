@@ -19,12 +19,15 @@ from mpizero import (
     MismatchError,
     MpizeroError,
     PreemptionGuard,
+    RankDiedError,
     World,
 )
+from mpizero.elastic import elastic
 from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
+from mpizero_torch.elastic_state import ElasticState
 from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.metrics import mean, sum
@@ -39,11 +42,13 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "DistributedDataParallel",
+    "ElasticState",
     "LaunchError",
     "MemoryReport",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
+    "RankDiedError",
     "ShardedLoader",
     "ShardedModule",
     "ShardedOptimizer",
@@ -57,6 +62,7 @@ __all__ = [
     "clip_grad_value_",
     "deferred",
     "detect_nonfinite",
+    "elastic",
     "gathered",
     "init",
     "load",

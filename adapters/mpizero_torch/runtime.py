@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 _threads_are_set = False
 
 
-def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> World:
+def init(
+    comm: MPI.Intracomm | None = None, *, timeout: float | None = None, elastic: bool = False
+) -> World:
     """Start MPI, bind this rank's device for torch too, and return the World.
 
     Collective; safe to call twice. Unless ``OMP_NUM_THREADS`` says otherwise, torch gets as many
     threads as this rank has cores: its default, all cores of the node for every rank, makes ranks
-    fight for them. Raises what ``mpizero.init`` raises.
+    fight for them. ``elastic``: see ``ElasticState``. Raises what ``mpizero.init`` raises.
     """
-    world = mpizero.init(comm, timeout=timeout)
+    world = mpizero.init(comm, timeout=timeout, elastic=elastic)
     half_kernels.register()
     if world.device.kind == "cuda" and world.device.index is not None:
         torch.cuda.set_device(world.device.index)

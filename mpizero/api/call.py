@@ -17,6 +17,7 @@ from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
 from mpizero.world import Group
+from mpizero.world.survival import lifeline, translated
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Caller:
                 lane.agreed(at)
             return run.run_after(filled, lambda: call.work(run, parts))
 
+        if lifeline() is not None:
+            work = _surviving(work)
         if not asynchronous:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work, call.description)
@@ -142,6 +145,21 @@ class Caller:
             self._worker.submit(tell, refusal).wait()
         else:
             tell()
+
+
+def _surviving(work: Callable[[], Any]) -> Callable[[], Any]:
+    """``work`` that raises RankDiedError for whatever MPI says where a rank has died."""
+
+    def surviving() -> Any:
+        try:
+            return work()
+        except Exception as error:
+            found = translated(error)
+            if found is error:
+                raise
+            raise found from error
+
+    return surviving
 
 
 class ClosedCaller:

@@ -8,8 +8,10 @@ import os
 from typing import TYPE_CHECKING
 
 from mpizero import diagnostics
+from mpizero.api import reform
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
+from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
@@ -24,7 +26,9 @@ _keyval: int | None = None  # under which a communicator knows its World, until 
 _device: Device | None = None
 
 
-def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> World:
+def init(
+    comm: MPI.Intracomm | None = None, *, timeout: float | None = None, elastic: bool = False
+) -> World:
     """Start MPI and return the World of all ranks, or of the ranks of an mpi4py communicator.
 
     Collective. Binds this rank's device first (GPU = local rank modulo visible GPUs), because some
@@ -34,12 +38,23 @@ def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> 
     ``timeout``: seconds that a rank may wait in a call before the job reports who waits for whom,
     and ends; by default what ``MPIZERO_TIMEOUT`` says, or 600. 0: for ever.
 
+    ``elastic``: be ready to go on when ranks die, in functions under ``@elastic``. It needs an MPI
+    that can do that (``mpirun --with-ft ulfm`` of Open MPI 5), and the first call to ask for it.
+    When a rank has died, and the others have formed another World, that one comes back. There is no
+    watchdog then: to it a death would be the end.
+
     Raises LaunchError when the launcher's ranks do not see each other, when no MPI library is
-    found, and in child processes of a rank; ArgumentError for what is no intracommunicator.
+    found, in child processes of a rank, and for ``elastic`` where MPI cannot do it; ArgumentError
+    for what is no intracommunicator, and for ``elastic`` after a call without it.
     """
+    survivors = reform.current()
+    if comm is None and survivors is not None:
+        return survivors
     launch = read_launch(os.environ)
     _refuse_children(launch)
     device = _bind(launch)
+    if elastic:
+        survival.prepare()
     if comm is None:
         comm = start_mpi(launch)
     mpi = load_mpi()
@@ -49,10 +64,12 @@ def init(comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> 
     if _keyval is None:
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
-    if world is None or world.closed:
-        world = World(comm, device)
+    if world is None or world.closed or elastic:
+        others = any(not known.closed for known in _worlds)
+        world = reform.start(comm, device, others) if elastic else World(comm, device)
         unname_segments(world.node_comm)
-        diagnostics.watch(world, timeout)
+        if not elastic:
+            diagnostics.watch(world, timeout)
         diagnostics.trace_if_asked(world)
         install_abort_hooks(comm)
         if not _worlds:
@@ -80,7 +97,8 @@ def _refuse_children(launch: Launch | None) -> None:
 
 def _leave() -> None:
     diagnostics.recorder().leave()
-    for world in _worlds:
+    survivors = reform.current()
+    for world in [*_worlds, survivors] if survivors is not None else _worlds:
         if not world.closed:
             abort_if_failed(world.comm)
             world.finish()

@@ -22,6 +22,7 @@ from mpizero.progress import Handle, Worker, overlaps
 from mpizero.reduction import operation
 from mpizero.world import Device, Group
 from mpizero.world.startup import load_mpi
+from mpizero.world.survival import lifeline
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -74,6 +75,11 @@ class World(Group):
     def node(self) -> World:
         """The ranks that share this rank's node (this very World if there is only one node)."""
         return self if self._node is None else self._node
+
+    @property
+    def survives(self) -> bool:
+        """Is the job one that goes on when ranks die (``init(elastic=True)``, several ranks)?"""
+        return lifeline() is not None
 
     @property
     def overlaps(self) -> bool:
@@ -380,6 +386,21 @@ class World(Group):
         self._caller.close()
         self._node_memory.close()
         self.free()
+        self._caller, self._plans, self.closed = ClosedCaller(), None, True
+
+    def abandon(self, error: BaseException) -> None:
+        """A rank has died: let go of everything without asking the others. Like ``close`` to users.
+
+        Communicators that have lost a rank cannot be freed together; they stay, revoked.
+        """
+        if self.closed:
+            return
+        self._worker.abandon(error)
+        if self._node is not None:
+            self._node.abandon(error)
+        while self._parts:
+            self._parts.popitem()[1].abandon(error)
+        self._node_memory.abandon()
         self._caller, self._plans, self.closed = ClosedCaller(), None, True
 
     def _reduce_scalar(self, x: Any, op: str, asynchronous: bool, algorithm: str) -> Any:

@@ -27,6 +27,7 @@ from mpizero.checkpoint.export import export_safetensors
 from mpizero.checkpoint.folder import leftovers
 from mpizero.checkpoint.format import TensorSpec
 from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
+from mpizero.checkpoint.readable import Readable
 from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_part
 from mpizero.sharded import ShardedState
 
@@ -36,6 +37,7 @@ __all__ = [
     "Part",
     "PendingSave",
     "Piece",
+    "Readable",
     "Save",
     "TensorSpec",
     "agreed",

@@ -170,8 +170,8 @@ def _notes(found: Plan, machine: Machine, limits: Limits) -> Iterator[str]:
     taken = next((each for each in stages if each.stage == found.stage), None)
     if taken and limits.node is not None and taken.holding.shared > limits.node / 2:
         yield (
-            f"stage {taken.stage} wants {_amount(taken.holding.shared, 'GB')} GB in /dev/shm, which most "
-            "systems limit to half the memory: see `df /dev/shm`"
+            f"stage {taken.stage} wants {_amount(taken.holding.shared, 'GB')} GB in /dev/shm, "
+            "which most systems limit to half the memory: see `df /dev/shm`"
         )
 
 

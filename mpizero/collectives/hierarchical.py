@@ -25,6 +25,7 @@ from mpizero.memory.dtypes import is_half
 from mpizero.reduction import Operation
 from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
+from mpizero.world.survival import track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -54,11 +55,11 @@ class Levels:
         for rank, leader in enumerate(comm.allgather(node_leader)):
             nodes.setdefault(leader, []).append(rank)
         columns = min(len(ranks) for ranks in nodes.values())
-        node: Any = comm.Split(node_leader, local_rank)
+        node: Any = track(comm.Split(node_leader, local_rank))
         color = local_rank if local_rank < columns else mpi.UNDEFINED
         column: Any = comm.Split(color, comm.rank)
         rank_at = tuple(tuple(nodes[leader]) for leader in sorted(nodes))
-        return cls(node, None if column == mpi.COMM_NULL else column, columns, rank_at)
+        return cls(node, None if column == mpi.COMM_NULL else track(column), columns, rank_at)
 
     def free(self) -> None:
         """Give the communicators back. Collective."""

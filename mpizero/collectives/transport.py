@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mpizero.memory.dtypes import as_bytes
 from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi
+from mpizero.world.survival import lifeline, wait_each
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,7 +52,10 @@ class MpiTransport:
             requests += [self._comm.Irecv(piece, source, _TAG) for piece in self._cut(incoming)]
         if to is not None:
             requests += [self._comm.Isend(piece, to, _TAG) for piece in self._cut(outgoing)]
-        self._mpi.Request.Waitall(requests)
+        if lifeline() is None:
+            self._mpi.Request.Waitall(requests)
+        else:
+            wait_each(requests)
 
     def _cut(self, block: Any) -> Iterator[list[Any]]:
         octets = as_bytes(block)

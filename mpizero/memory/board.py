@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mpizero.memory.node_shared import PAGE, NodeMemory, Window
+from mpizero.memory.node_shared import PAGE, NodeMemory, Shared
+from mpizero.world.survival import watch
 
 # What a rank can show with a note. Large enough to make an exchange cheap beside it, small enough
 # for all ranks' payloads to stay in a shared cache. Where there is no room for that, less.
@@ -38,6 +40,9 @@ _EAGER_LOOKS, _YIELDING_LOOKS, _NAP_SECONDS = 2_000, 20_000, 100e-6
 # after other work, 64 B to 4 KB: 80 to 120 us a call, without this 140 to 280.)
 _LOOKS_BEFORE_SLEEP = 20
 
+# In a job that survives deaths: every so many looks ask MPI whether anybody has died.
+_LOOKS_BEFORE_CHECK = 50
+
 
 @dataclass(frozen=True)
 class Page:
@@ -54,9 +59,16 @@ class Page:
 class Board:
     """The notes of all ranks of a node. Belongs to one thread of each rank at a time."""
 
-    def __init__(self, window: Window, rank: int, crowded: bool) -> None:
+    def __init__(
+        self,
+        window: Shared,
+        rank: int,
+        crowded: bool,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.rank, self.size = rank, len(window.parts)
         self._sync = window.sync
+        self._check = check  # raises if one of those waited for can never come
         self._crowded = crowded  # more ranks than cores: waiting must not burn a time slice
         page_bytes = len(window.own) // PAGES
         self.payload_bytes = page_bytes - PAGE
@@ -69,7 +81,7 @@ class Board:
         for payload_bytes in PAYLOAD_BYTES:
             window = memory.window(PAGES * (PAGE + payload_bytes), _SHARE)
             if window is not None:
-                return cls(window, memory.comm.rank, crowded)
+                return cls(window, memory.comm.rank, crowded, watch(memory.comm))
         return None
 
     @property
@@ -101,6 +113,8 @@ class Board:
         looks = 0
         while note[0] != count:
             looks += 1
+            if self._check is not None and looks % _LOOKS_BEFORE_CHECK == 0:
+                self._check()
             if looks > _YIELDING_LOOKS:
                 time.sleep(_NAP_SECONDS)
             elif self._crowded and looks % _LOOKS_BEFORE_SLEEP == 0:
@@ -110,7 +124,7 @@ class Board:
             self._sync()
 
 
-def _page(window: Window, rank: int, start: int, nbytes: int) -> Page:
+def _page(window: Shared, rank: int, start: int, nbytes: int) -> Page:
     lines = [part[start : start + _LINE_BYTES].view(np.int64) for part in window.parts]
     notes = tuple(line.data for line in lines)
     payload = slice(start + PAGE, start + nbytes)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpizero.memory.shared_file import SharedFile
 from mpizero.world.startup import load_mpi
+from mpizero.world.survival import lifeline
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -84,6 +86,14 @@ class Window:
         self._win.Free()
 
 
+Shared = Window | SharedFile
+
+
+def open_shared(comm: MPI.Intracomm, nbytes: int, common: bool = False) -> Shared:
+    """Memory that the ranks of a node share, of the kind that this job can have. Collective."""
+    return (Window if lifeline() is None else SharedFile)(comm, nbytes, common)
+
+
 class NodeMemory:
     """Allocates arrays in shared windows of a node, and finds the other ranks' counterparts.
 
@@ -94,8 +104,8 @@ class NodeMemory:
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
-        self._windows: dict[int, Window] = {}  # by number, the same on all ranks of the node
-        self._own: list[Window] = []  # no arrays: whoever asked for them has them until the end
+        self._windows: dict[int, Shared] = {}  # by number, the same on all ranks of the node
+        self._own: list[Shared] = []  # no arrays: whoever asked for them has them until the end
         self._dead: set[int] = set()
         self._next = 0
         # (address of the own part, number), sorted. Replaced, never changed: the progress thread
@@ -113,7 +123,7 @@ class NodeMemory:
         nbytes = count * np.dtype(dtype).itemsize
         if nbytes == 0 or not self._has_room(nbytes):
             return np.zeros(count, dtype)
-        window = Window(self.comm, nbytes)
+        window = open_shared(self.comm, nbytes)
         window.own[...] = 0  # first touch by the owner
         number = self._keep(window)
         self._places = tuple(sorted([*self._places, (window.address, number)]))
@@ -129,17 +139,17 @@ class NodeMemory:
         nbytes = count * np.dtype(dtype).itemsize
         if not self._has_room(nbytes if self.comm.rank == 0 else 0):
             return None
-        window = Window(self.comm, nbytes, common=True)  # new pages are zero
+        window = open_shared(self.comm, nbytes, common=True)  # new pages are zero
         return self._lend(window, self._keep(window), dtype)
 
-    def window(self, nbytes: int, share: float = 1.0) -> Window | None:
+    def window(self, nbytes: int, share: float = 1.0) -> Shared | None:
         """A window until ``close``; None if it would take more than ``share`` of the room.
 
         Collective.
         """
         if self._fits(nbytes, share) is not None:
             return None
-        self._own.append(Window(self.comm, nbytes))
+        self._own.append(open_shared(self.comm, nbytes))
         return self._own[-1]
 
     def spot(self, array: Any) -> int:
@@ -182,17 +192,21 @@ class NodeMemory:
         while self._own:
             self._own.pop().free()
 
+    def abandon(self) -> None:
+        """Let go of it all, without the other ranks. What arrays are in use keeps its memory."""
+        self._windows, self._places, self._own = {}, (), []
+
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's parts."""
         return sum(window.own.nbytes for window in self._windows.values())
 
-    def _keep(self, window: Window) -> int:
+    def _keep(self, window: Shared) -> int:
         number, self._next = self._next, self._next + 1
         self._windows[number] = window
         return number
 
-    def _lend(self, window: Window, number: int, dtype: Any) -> Any:
+    def _lend(self, window: Shared, number: int, dtype: Any) -> Any:
         array = window.lend().view(dtype)
         # Views refer to the array that they derive from in the end: when it dies, all have.
         weakref.finalize(array.base, self._dead.add, number)
@@ -247,6 +261,8 @@ def _free_shared_memory() -> int | None:
     override = os.environ.get("MPIZERO_SHM_FREE")  # for trying what happens when it is small
     if override:
         return int(override)
+    if lifeline() is not None:  # files without a name lie nowhere
+        return None
     try:
         return shutil.disk_usage(_SHM).free
     except OSError:

@@ -106,7 +106,10 @@ def memory(model: Model, settings: Settings, ranks: Ranks, stage: int) -> Holdin
     )
     # Where a node has the parameters once, a rank's part of them times its ranks is once.
     held: dict[str, Any] = asdict(rank)
-    node = Memory(**{k: None if each is None else each * ranks.local for k, each in held.items()})
+    every: dict[str, Any] = {
+        kind: None if each is None else each * ranks.local for kind, each in held.items()
+    }
+    node = Memory(**every)
     shared = 0.0
     if ranks.local > 1:
         shared = ranks.local * buffers + (node.gradients if stage < 2 else 0.0)

@@ -57,6 +57,11 @@ class Handle:
         finally:
             self._finished.set()
 
+    def fail(self, error: BaseException) -> None:
+        """Never carry the operation out: who waits for it gets ``error``."""
+        self._work, self._error = None, error
+        self._finished.set()
+
 
 def finished(result: Any) -> Handle:
     """A handle of something that is there already."""

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mpizero.diagnostics import Lane, recorded
@@ -70,6 +71,20 @@ class Worker:
         if self._thread is not None:
             self._submitted.put(None)
             self._thread.join()
+            self._thread = None
+
+    def abandon(self, error: BaseException) -> None:
+        """Carry nothing more out: what is queued fails with ``error``, what is under way by itself.
+
+        The thread is not waited for.
+        """
+        while self._pending:
+            self._pending.popleft().fail(error)
+        if self._thread is not None:
+            with suppress(queue.Empty):
+                while (handle := self._submitted.get_nowait()) is not None:
+                    handle.fail(error)
+            self._submitted.put(None)
             self._thread = None
 
     def _start(self) -> None:

@@ -16,6 +16,8 @@ import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mpizero.world.survival import lifeline
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -46,7 +48,7 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
             python_excepthook(kind, error, where)
         else:
             _report(comm.rank, kind, error, where)
-        comm.Abort(1)
+        _end_all(comm, 1)
 
     sys.excepthook = end_job
     _watch_exit_status()
@@ -60,13 +62,31 @@ def abort_if_failed(comm: MPI.Intracomm) -> None:
         line = f"[rank {comm.rank}] exited with status {_exit_status}; ending the job\n"
         sys.stderr.write(line)
         sys.stderr.flush()
-        comm.Abort(_exit_status)
+        _end_all(comm, _exit_status)
+
+
+def end_quietly(status: int = 1) -> NoReturn:
+    """End this process at once, where another has told why, or no other is left to be told.
+
+    Under ULFM not by MPI_Abort: its launcher may then return 0, or never.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def expect_exit(status: int) -> None:
     """All ranks are about to ``sys.exit(status)``: none of them has failed by that."""
     global _expected_status
     _expected_status = status
+
+
+def _end_all(comm: MPI.Intracomm, status: int) -> None:
+    survives = lifeline()
+    if survives is not None:
+        survives.end()
+        end_quietly(status)
+    comm.Abort(status)
 
 
 def _report(

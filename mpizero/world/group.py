@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mpizero.errors import ArgumentError
 from mpizero.world.device import Device
 from mpizero.world.startup import load_mpi, thread_level
+from mpizero.world.survival import track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,8 +26,9 @@ class Group:
     """
 
     def __init__(self, comm: MPI.Intracomm, device: Device) -> None:
-        self.comm = comm.Dup()  # blocking collectives
-        self.background = comm.Dup()  # asynchronous ones: an order of their own, agreed by all
+        self.comm = track(comm.Dup())  # blocking collectives
+        # Asynchronous ones: an order of their own, agreed by all.
+        self.background = track(comm.Dup())
         self.device = device
         self.rank: int = comm.rank
         self.size: int = comm.size
@@ -45,10 +47,10 @@ class Group:
 
     def _find_nodes(self) -> None:
         mpi = load_mpi()
-        node: Any = self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)
+        node: Any = track(self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank))
         emulated = os.environ.get("MPIZERO_RANKS_PER_NODE", "")
         if emulated:  # for trying what several nodes would do
-            whole, node = node, node.Split(node.rank // int(emulated), node.rank)
+            whole, node = node, track(node.Split(node.rank // int(emulated), node.rank))
             whole.Free()
         self.node_comm: MPI.Intracomm = node
         self.local_rank: int = node.rank
@@ -72,7 +74,7 @@ class Group:
             raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
         mpi = load_mpi()
         part: Any = self.comm.Split(mpi.UNDEFINED if color is None else color, key)
-        return None if part == mpi.COMM_NULL else part
+        return None if part == mpi.COMM_NULL else track(part)
 
     def holds(self, other: Group) -> bool:
         """True if every rank of ``other`` is one of this group's."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec, shared_part, tree
+from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, shared_part, tree
 from mpizero_torch import tensors
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -74,7 +74,7 @@ def model_part(
 
 
 def load_model(
-    model: nn.Module, checkpoint: Checkpoint, array: Callable[[str], Any], strict: bool
+    model: nn.Module, checkpoint: Readable, array: Callable[[str], Any], strict: bool
 ) -> None:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
 
@@ -140,7 +140,7 @@ def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
     return found.items()
 
 
-def reader(checkpoint: Checkpoint, part: str, name: str) -> Callable[[slice], torch.Tensor]:
+def reader(checkpoint: Readable, part: str, name: str) -> Callable[[slice], torch.Tensor]:
     """What reads elements of a stored tensor, 1-D, in memory that is borrowed."""
     return lambda elements: tensors.as_tensor(checkpoint.borrow(part, name, elements))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec, shared_part, tree
+from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, shared_part, tree
 from mpizero_torch import tensors
 from mpizero_torch.checkpointing.model import as_array, plain_module, reader
 from mpizero_torch.sharding import ShardedOptimizer
@@ -50,7 +50,7 @@ def optimizer_part(
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, checkpoint: Checkpoint
+    optimizer: torch.optim.Optimizer, model: nn.Module | None, checkpoint: Readable
 ) -> None:
     """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpizero import World
-from mpizero.checkpoint import Checkpoint, Part, Piece, TensorSpec
+from mpizero.checkpoint import Part, Piece, Readable, TensorSpec
 from mpizero_torch.random_state import derive, seed_all
 
 PART = "ranks"
@@ -52,7 +52,7 @@ def random_part(world: World) -> tuple[Part, list[Any]]:
     return Part(PART, specs, pieces), everyones
 
 
-def restore(checkpoint: Checkpoint, world: World) -> None:
+def restore(checkpoint: Readable, world: World) -> None:
     """Go on with the states that this rank had; a further rank gets one of its own."""
     everyones = checkpoint.values[PART]
     if world.rank >= len(everyones):

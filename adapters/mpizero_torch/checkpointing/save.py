@@ -16,6 +16,7 @@ from mpizero.checkpoint import (
     Checkpoint,
     Part,
     PendingSave,
+    Readable,
     Save,
     agreed,
     carry_out,
@@ -68,14 +69,39 @@ def save(
     ArgumentError for what only a pickle could hold.
     """
     world = _world_of(model, world)
+    parts, values = collect(
+        world, world, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
+        extra=extra,
+    )  # fmt: skip
+    job = Save(
+        Path(path), world, parts, values,
+        largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
+    )  # fmt: skip
+    return carry_out(job, world, asynchronous)
+
+
+def collect(
+    world: World,
+    sharers: World,
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> tuple[list[Part], dict[str, Any]]:
+    """All that a run consists of: tensors by part, with this rank's pieces, and plain values.
+
+    ``sharers``: the ranks among whom it is dealt out what all ranks have. Collective.
+    """
     parts: list[Part] = []
     arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
     if model is not None:
-        part, values[models.PART] = models.model_part(model, world, arrays)
+        part, values[models.PART] = models.model_part(model, sharers, arrays)
         parts.append(part)
     if optimizer is not None:
-        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, world)
+        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, sharers)
         parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
@@ -84,14 +110,10 @@ def save(
     values[EXTRA] = {
         name: tree.encode(value, name, arrays, models.as_array) for name, value in others.items()
     }
-    parts.append(shared_part(EXTRA, arrays, world))
+    parts.append(shared_part(EXTRA, arrays, sharers))
     part, values[random_state.PART] = random_state.random_part(world)
     parts.append(part)
-    job = Save(
-        Path(path), world, parts, values,
-        largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
-    )  # fmt: skip
-    return carry_out(job, world, asynchronous)
+    return parts, values
 
 
 def load(
@@ -118,34 +140,52 @@ def load(
     """
     world = _world_of(model, world)
     with Checkpoint(path, world) as checkpoint:
-        found = checkpoint.values
+        return restore(
+            checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
+            loader=loader, strict=strict, random=random,
+        )  # fmt: skip
 
-        def array(name: str) -> Any:
-            return checkpoint.read(EXTRA, name)
 
-        with agreed(world):
-            others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
-        given = {"scheduler": scheduler, "loader": loader}
-        for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
-            if wanted is not None and name not in found:
-                raise _not_saved(name, checkpoint)
+def restore(
+    checkpoint: Readable,
+    world: World,
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    strict: bool = True,
+    random: bool = True,
+) -> dict[str, Any]:
+    """What ``load`` does, from a checkpoint that is open."""
+    found = checkpoint.values
+
+    def array(name: str) -> Any:
+        return checkpoint.read(EXTRA, name)
+
+    with agreed(world):
+        others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
+    given = {"scheduler": scheduler, "loader": loader}
+    for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
+        if wanted is not None and name not in found:
+            raise _not_saved(name, checkpoint)
+    for name, each in given.items():
+        if each is not None and name not in others:
+            raise _not_saved(name, checkpoint)
+    with agreed(world):
+        if model is not None:
+            models.load_model(model, checkpoint, array, strict)
+        if optimizer is not None:
+            optimizers.load_optimizer(optimizer, model, checkpoint)
         for name, each in given.items():
-            if each is not None and name not in others:
-                raise _not_saved(name, checkpoint)
-        with agreed(world):
-            if model is not None:
-                models.load_model(model, checkpoint, array, strict)
-            if optimizer is not None:
-                optimizers.load_optimizer(optimizer, model, checkpoint)
-            for name, each in given.items():
-                if each is not None:
-                    each.load_state_dict(others[name])
-            if random and random_state.PART in found:
-                random_state.restore(checkpoint, world)
-        if isinstance(model, ShardedModule):
-            model.state.memory.settle()
-        extra: dict[str, Any] = others.get("extra", {})
-        return extra
+            if each is not None:
+                each.load_state_dict(others[name])
+        if random and random_state.PART in found:
+            random_state.restore(checkpoint, world)
+    if isinstance(model, ShardedModule):
+        model.state.memory.settle()
+    extra: dict[str, Any] = others.get("extra", {})
+    return extra
 
 
 def _world_of(model: nn.Module | None, world: World | None) -> World:
@@ -163,7 +203,7 @@ def _state_of(each: Any, name: str) -> Any:
     return each.state_dict()
 
 
-def _not_saved(name: str, checkpoint: Checkpoint) -> ArgumentError:
+def _not_saved(name: str, checkpoint: Readable) -> ArgumentError:
     return ArgumentError(
         "load()", name, "given", f"what was saved in {checkpoint.path}: "
         + ", ".join(sorted({*checkpoint.values, *checkpoint.values.get(EXTRA, {})} - {EXTRA})),

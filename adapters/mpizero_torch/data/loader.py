@@ -63,6 +63,21 @@ class ShardedLoader:
         return len(self._batches)
 
     @property
+    def global_batch_size(self) -> int:
+        """Samples of a step over all ranks: each rank's batch size times their number at first.
+
+        May be set between two loops, to the same on all ranks: they share it out as evenly as can
+        be, and each batch's weight makes the mean gradient that over its samples.
+        """
+        return self._batches.width
+
+    @global_batch_size.setter
+    def global_batch_size(self, samples: int) -> None:
+        if samples < 1:
+            raise ArgumentError("ShardedLoader", "global_batch_size", str(samples), "1 or more")
+        self._batches.width = samples
+
+    @property
     def epoch(self) -> int:
         """The epoch under way; between two loops, the next."""
         return self._position.epoch
