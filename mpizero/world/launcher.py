@@ -76,20 +76,27 @@ def refuse_singleton(launch: Launch | None, environ: Mapping[str, str], library:
     """
     if launch is None or environ.get("MPIZERO_ALLOW_SINGLETON") == "1":
         return
-    alone = launch.size is None and launch.rank == 0
-    if alone or launch.size == 1:
-        return
+    if mistake := singleton_mistake(launch):
+        first_line = library.strip().splitlines()[0] if library.strip() else "unknown"
+        raise LaunchError(
+            f"{mistake}\nmpi4py has loaded: {first_line}\n{singleton_remedy(launch)}\n"
+            "To run this process alone on purpose, set MPIZERO_ALLOW_SINGLETON=1."
+        )
+
+
+def singleton_mistake(launch: Launch) -> str:
+    """What is wrong if MPI says that this process is alone; "" if that is as it should be."""
+    if launch.size == 1 or (launch.size is None and launch.rank == 0):
+        return ""
     count = "several" if launch.size is None else str(launch.size)
-    first_line = library.strip().splitlines()[0] if library.strip() else "unknown"
-    raise LaunchError(
+    return (
         f"{launch.launcher} started {count} processes (this is rank {launch.rank}), but MPI says "
-        f"that there is only one: every rank would train alone.\n"
-        f"mpi4py has loaded: {first_line}\n{_remedy(launch)}\n"
-        "To run this process alone on purpose, set MPIZERO_ALLOW_SINGLETON=1."
+        "that there is only one: every rank would train alone."
     )
 
 
-def _remedy(launch: Launch) -> str:
+def singleton_remedy(launch: Launch) -> str:
+    """What to start instead, or to rebuild, so that the ranks see each other."""
     if launch.launcher == "a Slurm allocation":
         return (
             "Start the program with `srun --mpi=pmix python ...` (Open MPI) or "
