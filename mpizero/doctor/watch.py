@@ -1,8 +1,8 @@
-"""A watcher for what may hang inside MPI, where no thread of Python runs any more.
+"""A watcher for what hangs or dies inside MPI, where no thread of Python runs any more.
 
 It is a small process of its own, started before MPI is. Before each step it is told what will be
 done and how long that may take; if the next word does not come in time it says so and ends the
-process that it watches. It goes by itself when that process does.
+process that it watches. It also says so if that process is gone in the middle of a step.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import suppress
-from types import TracebackType
 
 _WATCHER = """
 import os, select, signal, sys
-parent, words, seconds, step = int(sys.argv[1]), b"", 60.0, "starting"
-while True:
+parent, who, remedy = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+words, seconds, step = b"", 60.0, "starting"
+def say(what):
+    sys.stderr.write("[mpizero doctor] %s: %s. %s\\n" % (who, what, remedy))
+    sys.stderr.flush()
+while step:
     if not select.select([0], [], [], seconds)[0]:
         if os.getppid() == parent:
-            sys.stderr.write("[mpizero doctor] %s: no end of %r within %g s. %s\\n"
-                             % (sys.argv[2], step, seconds, sys.argv[3]))
-            sys.stderr.flush()
+            say("no end of %s within %g s" % (step, seconds))
             os.kill(parent, signal.SIGKILL)
         break
     got = os.read(0, 4096)
     if not got:
+        say("the process ended while " + step)
         break
     *lines, words = (words + got).split(b"\\n")
     for line in lines:
@@ -33,13 +35,17 @@ while True:
 """
 
 _REMEDY = (
-    "The ranks do not reach each other, or the launcher and the MPI are different ones: see which "
-    "ranks say this, try two ranks on one host, and run `mpizero doctor` without a launcher."
+    "Does the launcher belong to the MPI? (srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH and "
+    "Intel MPI, or the MPI's own mpirun.) See which ranks say this, try two ranks on one host, and "
+    "run `mpizero doctor` without a launcher."
 )
 
 
 class Watch:
-    """Ends this process, with a message, when a step takes longer than it may."""
+    """Ends this process, with a message, when a step takes longer than it may.
+
+    ``who`` is this process's name in the message.
+    """
 
     def __init__(self, who: str, parent: int) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,11 +65,7 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.step("", 0)  # all is done
         if self._process is not None:
             self._process.communicate()

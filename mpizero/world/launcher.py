@@ -111,7 +111,8 @@ def singleton_remedy(launch: Launch) -> str:
         )
     return (
         "The launcher and the MPI that mpi4py loads are different ones. Use the mpirun of the MPI "
-        "named above, or rebuild mpi4py against the launcher's MPI: "
+        "named above (under srun: --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH and Intel MPI), or "
+        "rebuild mpi4py against the launcher's MPI: "
         'MPICC="mpicc -shared" pip install --force-reinstall --no-binary=mpi4py mpi4py'
     )
 
