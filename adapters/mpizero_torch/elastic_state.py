@@ -20,7 +20,7 @@ _COMMITTED = ("model", "optimizer", "scheduler", "loader")
 
 
 class ElasticState:
-    """What a training consists of, and how to build it on any number of ranks.
+    """What a training consists of, and how to build it on any number of ranks::
 
         def build(world):
             model = Net()
