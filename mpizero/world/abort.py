@@ -125,12 +125,12 @@ def _watch_quick_exit(comm: MPI.Intracomm) -> None:
     """``os._exit`` runs nothing at exit, and launchers differ in what they make of it.
 
     MPICH's ends the others, with status 0 if this rank's was: a job that did half of its work
-    would count as done.
+    would count as done. Where deaths are survived it is one of them.
     """
     leave, pid = os._exit, os.getpid()
 
     def end_job(status: int) -> NoReturn:
-        if os.getpid() == pid:  # a forked child may leave as it likes
+        if os.getpid() == pid and lifeline() is None:  # a forked child may leave as it likes
             line = f"[rank {comm.rank}] left by os._exit({status}); ending the job\n"
             sys.stderr.write(line)
             sys.stderr.flush()
