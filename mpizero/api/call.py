@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
-from mpizero.diagnostics import Lane
+from mpizero.diagnostics import Lanes
 from mpizero.errors import LaunchError, MismatchError
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
@@ -52,10 +52,10 @@ class Caller:
         cuda_aware: bool,
         node_memory: NodeMemory,
         tuning: Tuning,
-        lanes: tuple[Lane, Lane],
+        lanes: Lanes,
     ) -> None:
         self._alone = group.size == 1
-        self.lane, self._background_lane = lanes
+        self._lanes = lanes
         crowded = group.cores_per_rank < 1
         self._blocking, self._background = (
             Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
@@ -80,7 +80,7 @@ class Caller:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
         run = self._background if asynchronous else self._blocking
         filled = run.mark(call.arrays, call.stream)
-        lane = self._background_lane if asynchronous else self.lane
+        lane = self._lanes.asynchronous if asynchronous else self._lanes.blocking
         line = 0 if self._alone else lane.recorder.here()
 
         def work() -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpizero import diagnostics
 from mpizero.api.call import Call, Caller, ClosedCaller
+from mpizero.api.describe import check_form, describe
 from mpizero.collectives import tuning
 from mpizero.collectives.dispatch import Dispatch, Parts
-from mpizero.diagnostics.views import ASYNCHRONOUS, BLOCKING, WAITING, as_ranges
+from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
@@ -46,14 +45,8 @@ class World(Group):
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
-        name, recorder = as_ranges(self.job_ranks), diagnostics.recorder()
-        lanes = [recorder.lane(name, kind) for kind in (BLOCKING, ASYNCHRONOUS, WAITING)]
-        self._recorder, self._lane = recorder, lanes[0]
-        self._memory_lane = lanes[0]
-        if self.node_count > 1:  # memory is the node's
-            node_ranks = as_ranges(self.job_ranks[rank] for rank in self.node_ranks)
-            self._memory_lane = recorder.lane(node_ranks, BLOCKING)
-        self._worker = Worker(overlaps(self), device.activate, lanes[2])
+        self._lanes = lanes = Lanes.of(self)
+        self._worker = Worker(overlaps(self), device.activate, lanes.waiting)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
         self._caller: Any = Caller(
@@ -62,7 +55,7 @@ class World(Group):
             self.cuda_awareness.enabled,
             self._node_memory,
             self.tuning,
-            (lanes[0], lanes[1]),
+            lanes,
         )
         self.closed = False
         self._plans = self._caller.plans
@@ -136,11 +129,12 @@ class World(Group):
         if plans is not None and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                at = self._lane.begin(plan.description, x.nbytes, self._recorder.here())
+                lane = self._lanes.blocking
+                at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
                 try:
                     plans.carry_out(plan, x)
                 finally:
-                    self._lane.end(at)
+                    lane.end(at)
                 return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
@@ -148,10 +142,10 @@ class World(Group):
         def prepare() -> Call:
             source = self._open(x, "allreduce()", "x", writable=out is None)
             target = source if out is None else self._open(out, "allreduce()", "out", writable=True)
-            _same_form("allreduce()", target, source.shape, source.dtype)
+            check_form("allreduce()", target, source.shape, source.dtype)
             self._caller.check_algorithm(algorithm, "all_reduce")
             combine = operation(op, source.dtype, self.size, "allreduce()")
-            what = _describe("allreduce", source, op, algorithm)
+            what = describe("allreduce", source, op, algorithm)
             plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
 
             def fill() -> None:
@@ -201,7 +195,7 @@ class World(Group):
                 run.reduce_scatter(source.flat, target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(_describe("reduce_scatter", source, op, algorithm), work, (source.array,))
+            return Call(describe("reduce_scatter", source, op, algorithm), work, (source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -224,7 +218,7 @@ class World(Group):
                 run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(_describe("allgather", source, algorithm), work, (source.array,))
+            return Call(describe("allgather", source, algorithm), work, (source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -243,7 +237,7 @@ class World(Group):
                 run.broadcast(target.flat, root, algorithm)
                 return target.original if self.rank == root else target.commit()
 
-            return Call(_describe("broadcast", target, root, algorithm), work, (target.array,))
+            return Call(describe("broadcast", target, root, algorithm), work, (target.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -266,7 +260,7 @@ class World(Group):
                 run.all_to_all(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(_describe("all_to_all", source, algorithm), work, (source.array,))
+            return Call(describe("all_to_all", source, algorithm), work, (source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -308,7 +302,7 @@ class World(Group):
         """
         if self.local_size == 1:
             return np.zeros(count, dtype)
-        with diagnostics.recorded(self._memory_lane, f"allocate({count}, {np.dtype(dtype)})"):
+        with recorded(self._lanes.memory, f"allocate({count}, {np.dtype(dtype)})"):
             return self._node_memory.allocate(count, dtype)
 
     def allocate_common(self, count: int, dtype: Any) -> Any:
@@ -319,9 +313,7 @@ class World(Group):
         """
         if self.local_size == 1:
             return np.zeros(count, dtype)
-        with diagnostics.recorded(
-            self._memory_lane, f"allocate_common({count}, {np.dtype(dtype)})"
-        ):
+        with recorded(self._lanes.memory, f"allocate_common({count}, {np.dtype(dtype)})"):
             return self._node_memory.allocate_common(count, dtype)
 
     def counterparts(self, array: Any) -> list[Any] | None:
@@ -443,30 +435,7 @@ class World(Group):
         if out is None:
             out = empty_like(source.array, shape)
         target = self._open(out, function, "out", writable=True)
-        _same_form(function, target, shape, source.dtype)
+        check_form(function, target, shape, source.dtype)
         if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
             raise ArgumentError(function, "out", "memory of x", "memory of its own")
         return target
-
-
-def _same_form(function: str, out: OpenArray, shape: tuple[int, ...], dtype: Any) -> None:
-    if out.shape != shape or out.dtype != dtype:
-        raise ArgumentError(
-            function,
-            "out",
-            f"an array of {out.dtype}, shape {out.shape}",
-            f"an array of {dtype}, shape {shape}",
-        )
-
-
-def _describe(function: str, array: OpenArray, *options: object) -> str:
-    # Host and device arrays travel in different messages, so ranks must not mix them.
-    place = "" if isinstance(array.array, np.ndarray) else " on a GPU"
-    return _sentence(function, array.dtype, array.shape, place, options)
-
-
-@lru_cache(maxsize=4096)  # names of dtypes are slow to make, and training repeats its calls
-def _sentence(
-    function: str, dtype: Any, shape: tuple[int, ...], place: str, options: tuple[object, ...]
-) -> str:
-    return f"{function}({dtype}, shape {shape}{place}; {', '.join(map(str, options))})"

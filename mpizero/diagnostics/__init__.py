@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from mpizero.diagnostics.lanes import Lanes
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
 from mpizero.diagnostics.start import (
     recorder,
@@ -17,6 +18,7 @@ from mpizero.diagnostics.start import (
 
 __all__ = [
     "Lane",
+    "Lanes",
     "Recorder",
     "recorded",
     "recorder",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,6 +195,7 @@ class Texts:
         self._record = record
         self.known: dict[str, int] = {}
         self._end = TEXT_START
+        self._lock = threading.Lock()
         self._full = self.put("(a name; there is no room for more of them)")
 
     def put(self, text: str) -> int:
@@ -201,6 +203,10 @@ class Texts:
         found = self.known.get(text)
         if found is not None:
             return found
+        with self._lock:  # the program and the progress thread both name their calls
+            return self._append(text)
+
+    def _append(self, text: str) -> int:
         data = text.encode()[:_LONGEST_TEXT]
         if self._end + 2 + len(data) > STACK_START:
             return self._full

@@ -41,20 +41,23 @@ _NOT_THE_USERS = (_PACKAGE, f"{os.sep}mpizero_torch{os.sep}", f"{os.sep}site-pac
 _clock, _pack = time.monotonic_ns, ENTRY.pack_into
 
 
+class Ended(NamedTuple):
+    """A call that has ended. Times are ``time.monotonic_ns``; ``agreed`` is 0 where not known."""
+
+    what: str
+    line: str
+    lane: str
+    sequence: int
+    nbytes: int
+    begun: int
+    agreed: int
+    ended: int
+
+
 class Listener(Protocol):
     """Who wants to hear of every call that has ended: a trace."""
 
-    def call(
-        self,
-        what: str,
-        line: str,
-        lane: str,
-        sequence: int,
-        nbytes: int,
-        begun: int,
-        agreed: int,
-        ended: int,
-    ) -> None: ...
+    def call(self, call: Ended) -> None: ...
 
     def span(self, name: str, begun: int, ended: int) -> None: ...
 
@@ -183,16 +186,14 @@ class Lane:
         if listener is not None:
             row = self._words[at : at + record.FIELDS].tolist()
             text = self.recorder.record.text
+            text, both = self.recorder.record.text, row[record.SEQUENCE_BYTES]
+            line = text(row[record.LINE]) if row[record.LINE] else ""
             listener.call(
-                text(row[record.TEXT]),
-                text(row[record.LINE]) if row[record.LINE] else "",
-                self.name,
-                row[record.SEQUENCE_BYTES] & 0xFFFFFF,
-                row[record.SEQUENCE_BYTES] >> 24,
-                row[record.BEGUN],
-                row[record.AGREED],
-                ended,
-            )
+                Ended(
+                    text(row[record.TEXT]), line, self.name, both & 0xFFFFFF, both >> 24,
+                    row[record.BEGUN], row[record.AGREED], ended,
+                )
+            )  # fmt: skip
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpizero.diagnostics.recorder import Ended
 from mpizero.errors import ArgumentError
 
 _EVENTS_AT_ONCE = 512
@@ -46,26 +47,16 @@ class Tracer:
             row = {"ph": "M", "name": "thread_name", "pid": rank, "tid": _ROWS[kind]}
             self._put({**row, "args": {"name": kind}})
 
-    def call(
-        self,
-        what: str,
-        line: str,
-        lane: str,
-        sequence: int,
-        nbytes: int,
-        begun: int,
-        agreed: int,
-        ended: int,
-    ) -> None:
-        ranks, _, kind = lane.rpartition(" ")
+    def call(self, call: Ended) -> None:
+        ranks, _, kind = call.lane.rpartition(" ")
         row = _ROWS.get(kind, 1)
         arguments = {
-            "call": what, "ranks": ranks, "sequence": sequence, "bytes": nbytes, "line": line,
+            "call": call.what, "ranks": ranks, "sequence": call.sequence, "bytes": call.nbytes,
+            "line": call.line,
         }  # fmt: skip
-        name = what.split("(")[0]
-        self._slice(name, kind, row, begun, ended, arguments)
-        if agreed:
-            self._slice("waiting for others", "wait", row, begun, agreed)
+        self._slice(call.what.split("(")[0], kind, row, call.begun, call.ended, arguments)
+        if call.agreed:
+            self._slice("waiting for others", "wait", row, call.begun, call.agreed)
 
     def span(self, name: str, begun: int, ended: int) -> None:
         self._slice(name, "program", 0, begun, ended)

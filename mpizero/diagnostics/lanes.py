@@ -1,0 +1,39 @@
+"""The lanes of a World: one for each order in which its ranks make calls together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpizero.diagnostics.recorder import Lane
+from mpizero.diagnostics.start import recorder
+from mpizero.diagnostics.views import ASYNCHRONOUS, BLOCKING, WAITING, as_ranges
+
+if TYPE_CHECKING:
+    from mpizero.world import Group
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """``waiting`` is no call: this rank's program waits for an asynchronous one.
+
+    ``memory``: of the ranks of this node, who allocate memory together.
+    """
+
+    blocking: Lane
+    asynchronous: Lane
+    waiting: Lane
+    memory: Lane
+
+    @classmethod
+    def of(cls, group: Group) -> Lanes:
+        """New ones for a group. The same on all of its ranks."""
+        name = as_ranges(group.job_ranks)
+        blocking, asynchronous, waiting = (
+            recorder().lane(name, kind) for kind in (BLOCKING, ASYNCHRONOUS, WAITING)
+        )
+        memory = blocking
+        if group.node_count > 1:
+            node_ranks = as_ranges(group.job_ranks[rank] for rank in group.node_ranks)
+            memory = recorder().lane(node_ranks, BLOCKING)
+        return cls(blocking, asynchronous, waiting, memory)
