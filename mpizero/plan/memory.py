@@ -162,8 +162,8 @@ def _scratch(model: Model, settings: Settings, ranks: Ranks, stage: int) -> tupl
     if stage >= 2:
         # A unit's segments end with the unit.
         most = model.largest_unit * itemsize if gathers else everything
-        segments = min(BUFFERS, ceil(everything / settings.segment_bytes))
-        buffers = segments * min(settings.segment_bytes, most)
+        segment = min(settings.segment_bytes, most)
+        buffers = min(BUFFERS, ceil(everything / segment)) * float(segment)
     in_flight = float(largest)
     if gathers:  # where that takes messages, the next unit travels while one is computed
         in_flight += model.largest_unit * itemsize * (1 if ranks.nodes == 1 else 2)
