@@ -11,9 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mpizero
+from mpizero.diagnostics import recorder
 from mpizero.diagnostics.record import Made
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.report import report
@@ -225,6 +227,22 @@ def test_a_record_keeps_the_last_calls_and_the_line_of_the_user() -> None:
     assert calls[-1].nbytes == 1 << 38 and calls[-1].sequence == 601
     assert calls[-1].line.startswith(f"{Path(__file__).name}:")
     assert recorder.record.oldest_open() is not None
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_call_that_a_rank_refuses_counts_on_all(asynchronous: bool) -> None:
+    """Or the ranks' numbers of calls, by which they are put beside each other, part for good."""
+    world = mpizero.init()
+    options = {"asynchronous": asynchronous, "op": "nonsense" if world.rank == 1 else "sum"}
+    with pytest.raises((mpizero.ArgumentError, mpizero.MismatchError)):
+        handle = world.allreduce(np.ones(3), **options)
+        handle.wait()
+    ring = recorder().record.calls(time.monotonic_ns())
+    last = {call.lane: call.sequence for call in ring if call.lane.startswith("0-")}
+    everyones = world.gather_objects(last)
+    kind = "asynchronous" if asynchronous else "blocking"
+    assert len({each[f"0-{world.size - 1} {kind}"] for each in everyones}) == 1
 
 
 def test_a_full_record_of_names_says_so() -> None:

@@ -131,20 +131,15 @@ class Caller:
         self._blocking.check(name, collective)
 
     def _refuse(self, refusal: str, asynchronous: bool) -> None:
+        """Tell the others, who are in a call of theirs: it is a call of its own, to be counted."""
         if self._alone:
             return
-        dispatch = self._background if asynchronous else self._blocking
-
-        def tell() -> None:
-            # The others refuse as well, or do something else; this rank's own ArgumentError, which
-            # the caller raises, says more than the mismatch.
-            with suppress(MismatchError):
-                dispatch.agree(refusal)
-
-        if asynchronous:
-            self._worker.submit(tell, refusal).wait()
-        else:
-            tell()
+        # The others refuse as well, or do something else; this rank's own ArgumentError, which the
+        # caller raises, says more than the mismatch.
+        with suppress(MismatchError):
+            told = self.start(Call(refusal, lambda run, parts: None), asynchronous)
+            if asynchronous:
+                told.wait()
 
 
 def _surviving(work: Callable[[], Any]) -> Callable[[], Any]:
