@@ -23,6 +23,7 @@ from mpizero.diagnostics.process import oom_kills
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.report import report
 from mpizero.diagnostics.views import View, fingerprint, hopeless
+from mpizero.world.abort import say_last
 
 _TICK_SECONDS = 0.5
 
@@ -40,9 +41,6 @@ _GRACE_SECONDS = 20.0
 
 # A job that MPI_Abort does not end: MPI itself may be stuck.
 _ABORT_SECONDS = 5.0
-
-# Open MPI's launcher has dropped what a rank wrote just before it aborted.
-_DRAIN_SECONDS = 0.5
 
 STATUS = 124  # as the command `timeout` ends with
 
@@ -135,7 +133,7 @@ class Watchdog:
                 if not self._stop.wait(_GRACE_SECONDS):
                     self._kill()
                 return
-            _print(report(title, self._see_all(wake=True), self._notes()))
+            say_last(report(title, self._see_all(wake=True), self._notes()))
             self._kill()
 
     def _see_all(self, *, wake: bool) -> list[View]:
@@ -151,7 +149,6 @@ class Watchdog:
         return []
 
     def _kill(self) -> None:
-        time.sleep(_DRAIN_SECONDS)
         timer = threading.Timer(_ABORT_SECONDS, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()

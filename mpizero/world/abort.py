@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # Ranks that raise an error which another rank reports leave it 2 s to print and abort. In naps: a
 # machine that stood still for a moment has taken one of them, not the reporting rank's whole time.
 _GRACE_NAPS, _NAP_SECONDS = 40, 0.05
+
+# Both launchers have dropped what a rank wrote just before it aborted.
+_DRAIN_SECONDS = 0.5
 
 _exit_status: int = 0
 _expected_status: int | None = None
@@ -59,9 +63,7 @@ def abort_if_failed(comm: MPI.Intracomm) -> None:
     """At exit: turn a non-zero ``sys.exit(status)`` of this rank into the end of the job."""
     if _exit_status not in (0, _expected_status):
         sys.stdout.flush()
-        line = f"[rank {comm.rank}] exited with status {_exit_status}; ending the job\n"
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        say_last(f"[rank {comm.rank}] exited with status {_exit_status}; ending the job\n")
         _end_all(comm, _exit_status)
 
 
@@ -73,6 +75,14 @@ def end_quietly(status: int = 1) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def say_last(text: str) -> None:
+    """Print what the job ends for, and let the launcher have it before the job ends."""
+    with suppress(OSError, ValueError):  # nobody listens any more
+        sys.stderr.write(text)  # one write, so that other ranks' output does not cut in
+        sys.stderr.flush()
+    time.sleep(_DRAIN_SECONDS)
 
 
 def expect_exit(status: int) -> None:
@@ -99,8 +109,7 @@ def _report(
     sys.stdout.flush()
     text = "".join(traceback.format_exception(kind, error, where))
     lines = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())
-    sys.stderr.write(lines)  # one write, so that other ranks' output does not cut in
-    sys.stderr.flush()
+    say_last(lines)
 
 
 def _watch_exit_status() -> None:
@@ -131,9 +140,7 @@ def _watch_quick_exit(comm: MPI.Intracomm) -> None:
 
     def end_job(status: int) -> NoReturn:
         if os.getpid() == pid and lifeline() is None:  # a forked child may leave as it likes
-            line = f"[rank {comm.rank}] left by os._exit({status}); ending the job\n"
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            say_last(f"[rank {comm.rank}] left by os._exit({status}); ending the job\n")
             comm.Abort(status or 1)
         leave(status)
 
