@@ -52,7 +52,7 @@ STUCK = {
     "in a loop": "while True: pass",
     "asleep": "time.sleep(1000)",
     "in C, with Python's lock": "sum(range(10**12))",
-    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP); time.sleep(1000)",
 }
 
 

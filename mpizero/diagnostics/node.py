@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpizero.diagnostics import stacks
-from mpizero.diagnostics.record import Record
+from mpizero.diagnostics.record import AT_ENDED_BY, Record
 from mpizero.diagnostics.views import View, look_at
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ class NodeRecords:
     def was_asked(self) -> bool:
         """Has somebody asked a rank for its stacks, by a signal from outside?"""
         return any(record is not None and record.has_new_stacks for record in self.records)
+
+    def note_end(self, rank: int) -> None:
+        """A rank of another node is about to report, and to end the job."""
+        for record in self.records:
+            if record is not None and not 0 < record.header[AT_ENDED_BY] <= rank:
+                record.header[AT_ENDED_BY] = rank + 1
 
     @contextmanager
     def speak(self) -> Iterator[bool]:

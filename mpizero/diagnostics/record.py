@@ -46,7 +46,8 @@ MAGIC = 0x6D70697A65726F31
     AT_PHASE_SINCE,
     AT_NODE,  # the rank's node, counted
     AT_JOB,  # one number for all ranks of a job
-) = range(11)
+    AT_ENDED_BY,  # 1 + a rank of another node that is about to report and end the job; 0: none
+) = range(12)
 
 # Fields of a call. Times are CLOCK_MONOTONIC, in ns, which all processes of a node have in common.
 NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES = range(FIELDS)

@@ -77,7 +77,7 @@ def watch(group: Group, timeout: float | None) -> None:
     if group.node_count > 1 and group.thread_level == "multiple":
         nodes = group.comm.allgather(group.node_index)
         ranks_of = [[r for r, at in enumerate(nodes) if at == n] for n in range(group.node_count)]
-        others = OtherNodes(group.comm, ranks_of, lambda asked: node.look(with_stacks=asked))
+        others = OtherNodes(group.comm, ranks_of, node)
     _watchdog = Watchdog(own, node, others, seconds, group.comm.Abort)
     _watchdog.start()
 

@@ -20,6 +20,7 @@ from mpizero.diagnostics import stacks
 from mpizero.diagnostics.between_nodes import OtherNodes
 from mpizero.diagnostics.node import NodeRecords
 from mpizero.diagnostics.process import oom_kills
+from mpizero.diagnostics.record import AT_ENDED_BY
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.report import report
 from mpizero.diagnostics.views import View, fingerprint, hopeless
@@ -123,23 +124,29 @@ class Watchdog:
         """Somebody has sent the signal to a rank of this node: report, and go on."""
         with self._node.speak() as mine:
             if mine and self._node.was_asked:
-                views = self._see_all(wake=False)
+                views = self._see_all(ends=False)
                 title = f"as asked by SIGUSR2, what the {self._size} ranks are doing"
                 _print(report(title, views, self._notes()))
 
     def _end(self, title: str) -> None:
         with self._node.speak() as mine:
-            if not mine:  # another rank of the node is about to end the job
-                if not self._stop.wait(_GRACE_SECONDS):
+            if mine and not self._record.header[AT_ENDED_BY]:
+                views = self._see_all(ends=True)
+                # Of two nodes that have begun at once the one with the lower rank goes on.
+                other = int(self._record.header[AT_ENDED_BY])
+                if not 0 < other <= self._rank:
+                    say_last(report(title, views, self._notes()))
                     self._kill()
-                return
-            say_last(report(title, self._see_all(wake=True), self._notes()))
+                    return
+        # Another rank is about to end the job.
+        if not self._stop.wait(_GRACE_SECONDS):
             self._kill()
 
-    def _see_all(self, *, wake: bool) -> list[View]:
-        views = self._node.look(with_stacks=True, wake=wake)
+    def _see_all(self, *, ends: bool) -> list[View]:
+        """All ranks, with their stacks. ``ends``: the job's end follows."""
+        views = self._node.look(with_stacks=True, wake=ends)
         if self._others is not None:
-            views += self._others.ask(with_stacks=True)
+            views += self._others.ask(with_stacks=True, ends=ends)
         return sorted(views, key=lambda view: view.rank)
 
     def _notes(self) -> Sequence[str]:
