@@ -18,6 +18,7 @@ from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.progress import Handle, Messages, Worker, overlaps
@@ -255,17 +256,22 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         """Put the ranks' arrays behind one another along the first axis, on every rank.
 
         ``x``: shape (k, ...), any dtype. Returns a new array, or ``out``, of shape
-        (size * k, ...); (size,) for a zero-dimensional ``x``.
+        (size * k, ...); (size,) for a zero-dimensional ``x``. ``x`` may be this rank's own part of
+        ``out``, where its values are to be.
         """
 
         def prepare() -> Call:
             source = self._open(x, "allgather()", "x", writable=False)
             first, *rest = source.shape or (1,)
-            target = self._target("allgather()", source, out, (self.size * first, *rest))
+            shape = (self.size * first, *rest)
+            target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
             def work(run: Dispatch, parts: Parts) -> Any:
-                run.all_gather(source.flat, target.flat, algorithm)
+                block = source.flat
+                if not (target.is_copy or source.is_copy) and overlap(block, target.flat):
+                    block = block.copy()  # MPI reads and writes no memory at a time
+                run.all_gather(block, target.flat, algorithm)
                 return target.commit()
 
             return Call(describe("allgather", source, algorithm), work, (source.array,))
@@ -313,10 +319,13 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
 
         return self._caller.perform(prepare, asynchronous)
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda run, parts: None), False)
+    def barrier(self, *, asynchronous: bool = False) -> Handle | None:
+        """Wait until every rank has come here; ``asynchronous``: with a handle's ``wait``."""
+        # The agreement that precedes every call is a barrier by itself.
+        found: Handle | None = self._caller.perform(
+            lambda: Call("barrier()", lambda run, parts: None), asynchronous
+        )
+        return found
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
