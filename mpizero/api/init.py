@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from mpizero import diagnostics
@@ -55,6 +56,19 @@ def init(
     device = _bind(launch)
     if elastic:
         survival.prepare()
+    is_first = comm is None and not _worlds
+    with diagnostics.starting(launch, timeout) if is_first else nullcontext():
+        return _start(launch, comm, device, timeout, elastic)
+
+
+def _start(
+    launch: Launch | None,
+    comm: MPI.Intracomm | None,
+    device: Device,
+    timeout: float | None,
+    elastic: bool,
+) -> World:
+    """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
     if comm is None:
         comm = start_mpi(launch)
     mpi = load_mpi()
@@ -65,13 +79,13 @@ def init(
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
     if world is None or world.closed or elastic:
+        install_abort_hooks(comm)  # first: a rank that fails from here on must not be waited for
         others = any(not known.closed for known in _worlds)
         world = reform.start(comm, device, others) if elastic else World(comm, device)
         unname_segments(world.node_comm)
         if not elastic:
             diagnostics.watch(world, timeout)
         diagnostics.trace_if_asked(world)
-        install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)
         _worlds[:] = [*(known for known in _worlds if not known.closed), world]

@@ -10,6 +10,7 @@ from mpizero.diagnostics.recorder import Lane, Recorder, recorded
 from mpizero.diagnostics.start import (
     recorder,
     spanned,
+    starting,
     stop_watching,
     trace,
     trace_if_asked,
@@ -23,6 +24,7 @@ __all__ = [
     "recorded",
     "recorder",
     "spanned",
+    "starting",
     "stop_watching",
     "trace",
     "trace_if_asked",

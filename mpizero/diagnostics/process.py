@@ -17,6 +17,15 @@ def state_of(pid: int) -> str:
     return {"T": STOPPED, "t": STOPPED, "Z": GONE, "X": GONE}.get(letter, RUNNING)
 
 
+def parent_of(pid: int) -> int:
+    """The process that has started it; 0 if there is none, or it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
 def oom_kills() -> int:
     """How often the kernel has killed a process of this one's memory group for want of memory."""
     try:

@@ -25,7 +25,7 @@ PROGRAM = Path(__file__).parent / "faulty_program.py"
 
 LIMIT = 10.0  # seconds from the fault to the end of the job
 TIMEOUT = 3.0  # MPIZERO_TIMEOUT of every job
-_SECONDS = 60.0  # a job that has not ended by then hangs
+_SECONDS = 30.0  # a job that has not ended by then hangs
 _VANISH_SECONDS = 3.0  # for processes to be gone after the launcher has said that all is over
 _WORD = "FAULT_JOB"  # in the environment of every process of the job
 
