@@ -24,6 +24,7 @@ from mpizero.diagnostics.siblings import Sibling, local_size, siblings
 from mpizero.diagnostics.views import name
 from mpizero.world.abort import say_last
 from mpizero.world.launcher import Launch
+from mpizero.world.segments import remove_segments
 
 # Between looks, from the first on, each time half as long again.
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.002, 0.2
@@ -31,20 +32,26 @@ _NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.002, 0.2
 # A rank that is not there must not be there for so long: the launcher may still be at work.
 _CERTAIN_SECONDS = 2.0
 
+# Programs load at different speeds: a short time for calls is none for the start.
+_SHORTEST_TIMEOUT = 30.0
+
 # The first rank that waits reports; the others leave it so long.
 _GRACE_SECONDS = 1.5
+
+_DRAIN_SECONDS = 0.5  # for the launcher to take what has been printed
 
 
 @contextmanager
 def watched_start(launch: Launch | None, timeout: float | None) -> Iterator[None]:
     """In here MPI starts, once all ranks of this node have come.
 
-    Where one has ended, or has not come after ``timeout`` seconds (None: for ever), says so, and
-    ends the job. Does nothing for a process that was started alone.
+    Where one has ended, or has not come after ``timeout`` seconds (None: for ever; at least 30),
+    says so, and ends the job. Does nothing for a process that was started alone.
     """
     if launch is None or launch.size == 1:
         yield
         return
+    timeout = None if timeout is None else max(timeout, _SHORTEST_TIMEOUT)
     here = local_size()
     if here is not None:
         _await_siblings(launch, here, timeout)
@@ -56,17 +63,20 @@ def watched_start(launch: Launch | None, timeout: float | None) -> Iterator[None
 
 
 def _await_siblings(launch: Launch, expected: int, timeout: float | None) -> None:
-    begun, lacking_since, nap = time.monotonic(), None, _NAP_SECONDS
+    begun, nap = time.monotonic(), _NAP_SECONDS
+    lacking_since: float | None = None
     while True:
         present = siblings()
         if len(present) >= expected and all(each.has_come for each in present) or not present:
             return
         now = time.monotonic()
         lacking_since = (lacking_since or now) if len(present) < expected else None
-        if lacking_since is not None and now - lacking_since > _CERTAIN_SECONDS:
-            _end(launch, f"{_ended(launch, present, expected)} ended without calling init()", present)
-        if timeout is not None and now - begun > timeout:
-            _end(launch, _late(launch, now - begun, timeout), present)
+        is_late = timeout is not None and now - begun > timeout
+        if lacking_since is not None and (is_late or now - lacking_since > _CERTAIN_SECONDS):
+            gone = _ended(launch, present, expected)
+            _end(launch, f"{gone} ended without calling init()", present)
+        if is_late:
+            _end(launch, _late(launch, now - begun), present)
         time.sleep(nap)
         nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
 
@@ -80,10 +90,10 @@ def _ended(launch: Launch, present: Sequence[Sibling], expected: int) -> str:
     return f"{count} of the {expected} ranks of this node {'has' if count == 1 else 'have'}"
 
 
-def _late(launch: Launch, seconds: float, timeout: float) -> str:
+def _late(launch: Launch, seconds: float) -> str:
     return (
         f"rank {launch.rank} has waited for {seconds:.0f} s in init(), longer than MPIZERO_TIMEOUT "
-        f"or init(timeout=) allow ({timeout:g} s)"
+        f"or init(timeout=) allow (there {_SHORTEST_TIMEOUT:g} s at least)"
     )
 
 
@@ -102,11 +112,13 @@ def _end(launch: Launch, title: str, present: Sequence[Sibling]) -> NoReturn:
     else:
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
+    for each in present:  # it may have started MPI by now
+        remove_segments(each.pid)
     _kill(os.getpid())
 
 
 def _kill(pid: int) -> NoReturn:
-    """By a signal: of a rank that exits before it has started MPI, MPICH's launcher thinks nothing."""
+    """By a signal: MPICH's launcher lets a rank exit that has not started MPI, as if it had."""
     os.kill(pid, signal.SIGKILL)
     os._exit(1)
 
@@ -115,7 +127,7 @@ def _kill(pid: int) -> NoReturn:
 def _clock(launch: Launch, timeout: float) -> Iterator[None]:
     """A process that ends this one if what is done meanwhile takes too long."""
     host = socket.gethostname()
-    said = f"mpizero: {_late(launch, timeout, timeout)}, on {host}. The job ends here.\n"
+    said = f"mpizero: {_late(launch, timeout)}, on {host}. The job ends here.\n"
     parent, begun = os.getpid(), time.monotonic()
     with warnings.catch_warnings():
         # Of threads, which the child has none of, and does not wait for.
@@ -128,7 +140,8 @@ def _clock(launch: Launch, timeout: float) -> Iterator[None]:
                 if os.getppid() != parent:
                     os._exit(0)
             os.write(2, said.encode())
-            time.sleep(0.5)
+            time.sleep(_DRAIN_SECONDS)
+            remove_segments(parent)
             _kill(parent)
         finally:
             os._exit(0)

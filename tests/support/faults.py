@@ -39,6 +39,8 @@ class Fault:
     says: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     launcher_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    around: tuple[str, ...] = ()  # words in front of each rank's command
+    limit: float = 10.0  # seconds until it must have ended
     launched_by: str = ""  # not by mpirun: what is done instead
     options: Mapping[str, Any] = field(default_factory=dict)  # of the training
     memory: int = 0  # bytes that all ranks have together
@@ -56,7 +58,7 @@ class Fault:
     def config(self) -> dict[str, Any]:
         """What the program is told."""
         own = ("act", "moment", "training", "call")
-        defaults = {"steps": 7, "step": 3, "asynchronous": False, "catches": False, "stage": 0}
+        defaults = {"steps": 7, "step": 3, "asynchronous": False, "catches": False, "stage": 0, "zero": {}}
         return {
             **defaults, **{name: getattr(self, name) for name in own},
             "ranks": self.culprits, **self.options,
@@ -140,12 +142,12 @@ ENDINGS = [
 
 STARTS = [
     Fault("exception before init", "raise", "before init", says=RAISED),
-    Fault("sys.exit(0) before init", "sys.exit(0)", "before init"),
+    Fault("sys.exit(0) before init", "sys.exit(0)", "before init", says=(r"mpizero: rank 2 has ended without calling init\(\)",)),
     Fault("SIGKILL before init", "SIGKILL", "before init", who=(0,), says=KILLED),
-    Fault("asleep before init", "sleep", "before init"),
+    Fault("asleep before init", "sleep", "before init", says=(r"mpizero: rank \d has waited for 3\d s in init\(\)", r"missing: rank 2 \(pid \d+\) has not called init\(\)"), limit=40),
     Fault("exception in init", "raise", "in init", says=RAISED, short=True),
     Fault("SIGKILL in init", "SIGKILL", "in init", who=(0,), says=KILLED),
-    Fault("asleep in init", "sleep", "in init"),
+    Fault("asleep before init, on another node", "sleep", "before init", limit=40, around=("env", "-u", "MPI_LOCALNRANKS", "-u", "OMPI_COMM_WORLD_LOCAL_SIZE"), says=(r"rank \d has waited for 3\d s in init\(\)",)),
     Fault("exception at exit", "raise", "at exit", promise=GOES_ON, says=("injected: the learning rate",)),
     Fault("sys.exit(3) at the end", "sys.exit(3)", "at the end", says=(r"\[rank 2\] exited with status 3",)),
     Fault("SIGKILL at exit", "SIGKILL", "at exit", says=KILLED),
@@ -158,7 +160,7 @@ STARTS = [
 
 STANDSTILLS = [
     Fault("stopped by a signal", "SIGSTOP", says=(*missing(2), "is stopped"), short=True),
-    Fault("stopped by a signal, in a call", "SIGSTOP", "inside", who=(0,), call="node_shared", thread=True, says=(*LATE, "is stopped")),
+    Fault("stopped by a signal, in a call", "SIGSTOP", "inside", who=(0,), call="node_shared", thread=True, says=(*LATE, "in it, rank 0 .* is stopped")),
     Fault("endless loop", "loop", who=(0,), says=(*missing(0), "in loop")),
     Fault("endless loop, others in asynchronous calls", "loop", "after", call="asynchronous", thread=True, says=missing(2)),
     Fault("endless C call that holds Python's lock", "C", says=missing(2), short=True),
@@ -166,7 +168,7 @@ STANDSTILLS = [
     Fault("waits for a lock that nobody opens", "lock", says=(*missing(2), "in wait_for_a_lock")),
     Fault("reads what never comes", "pipe", who=(0,), says=missing(0)),
     Fault("late by 5 s", "slow", promise=GOES_ON, env={"MPIZERO_TIMEOUT": "60"}),
-    Fault("asked by SIGUSR2", "SIGUSR2", promise=GOES_ON, says=("as asked by SIGUSR2",)),
+    Fault("asked by SIGUSR2", "ask", promise=GOES_ON, says=("as asked by SIGUSR2",)),
     Fault("leaves the loop early", "leave", says=("rank 2 has come to the end of the program, and others wait",), short=True),
     Fault("blocking against asynchronous calls", "asynchronous", says=("wait for each other in different calls",), short=True),
     Fault("blocking against asynchronous calls, overlap", "asynchronous", who=(0,), thread=True, says=("wait for each other in different calls",)),
@@ -213,12 +215,16 @@ TRAININGS = [
     Fault("parameters in another order", "another order", "model", "ddp", (-1,), 2, says=("MismatchError", "rank 1")),
     Fault("a model that differs", "another width", "model", "zero1", (0,), 2, says=("MismatchError", "rank 1")),
     Fault("a model that differs, zero3", "another width", "model", "zero3", (-1,), 2, says=("MismatchError", "rank 1")),
-    Fault("a parameter frozen on one rank", "frozen", "model", "zero2", (-1,), 2, says=("MismatchError", "rank 1")),
+    Fault("a parameter frozen on one rank", "frozen", "model", "zero2", (-1,), 2, says=("MismatchError", "rank 1.*first.weight: frozen")),
+    Fault("a parameter frozen on one rank, ddp", "frozen", "model", "ddp", (-1,), 2, says=("MismatchError", "rank 1")),
     Fault("more layers on one rank", "another layer", "model", "ddp", (0,), 2, says=("MismatchError", "rank 1")),
     Fault("a backward skipped, ddp", "skip", "instead of backward", "ddp", (-1,), 2, says=("MismatchError|mpizero: ",)),
     Fault("a backward skipped, zero2", "skip", "instead of backward", "zero2", (0,), 2, thread=True, says=("MismatchError|mpizero: ",)),
     Fault("leaves the loop early, zero3", "leave", "before", "zero3", (-1,), 2, says=("come to the end of the program|MismatchError|mpizero: ",)),
-    Fault("evaluates alone, zero3", "evaluate alone", "after", "zero3", (0,), 2, says=("MismatchError|mpizero: ",)),
+    Fault("evaluates alone, zero3", "evaluate alone", "after", "zero3", (0,), 2, promise=GOES_ON, options={"zero": {"share_parameters": False}}),
+    Fault("evaluates alone, zero3 on two nodes", "evaluate alone", "after", "zero3", (0,), 2, env={"MPIZERO_RANKS_PER_NODE": "1"}, options={"zero": {"share_parameters": False}}, says=("MismatchError|mpizero: ",)),
+    Fault("evaluates alone, zero3 on two nodes, MPIZERO_DEBUG=1", "evaluate alone", "after", "zero3", (0,), 2, env={"MPIZERO_RANKS_PER_NODE": "1", "MPIZERO_DEBUG": "1"}, options={"zero": {"share_parameters": False}}, says=("MismatchError", r"rank 1: ")),
+    Fault("a parameter frozen on one rank, later", "freeze", "before", "zero2", (-1,), 2, says=("MismatchError|mpizero: ",)),
     Fault("saves alone", "save alone", "after", "ddp", (-1,), 2, says=("MismatchError|mpizero: ",)),
     Fault("a gradient that is not finite", "nan", "loss", "zero1", (-1,), 2, says=("the gradient of '.*' has NaN in .* on rank 1",)),
     Fault("replicas that differ", "diverge", "after", "ddp", (-1,), 2, says=("MismatchError", "middle.weight")),

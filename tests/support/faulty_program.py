@@ -163,6 +163,11 @@ def tell_the_launcher(number: signal.Signals) -> Callable[[Fault], None]:
     return act
 
 
+def ask(fault: Fault) -> None:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(2)
+
+
 def leave(fault: Fault) -> str:
     return "leave"
 
@@ -192,6 +197,7 @@ ACTS: dict[str, Callable[[Fault], Any]] = {
     "slow": lambda fault: time.sleep(SLOW_SECONDS),
     "lock": wait_for_a_lock,
     "pipe": read_a_pipe_without_writer,
+    "ask": ask,
     "leave": leave,
     "another collective": lambda fault: fault.world.broadcast(fault.x),
     "another shape": lambda fault: fault.world.allreduce(np.ones(5, np.float32)),
@@ -212,7 +218,7 @@ ACTS: dict[str, Callable[[Fault], Any]] = {
     },
     **{
         name: lambda fault, number=getattr(signal, name): os.kill(os.getpid(), number)
-        for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGILL", "SIGINT", "SIGUSR2")
+        for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGILL", "SIGINT")
     },
 }
 

@@ -68,11 +68,12 @@ def build(fault: Any) -> tuple[Any, Any]:
     torch.manual_seed(7)
     model: Any = fault.at("model") or Net()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
-    kind = fault.config["training"]
+    config = fault.config
+    kind = config["training"]
     if kind == "ddp":
         model = mz.DistributedDataParallel(model, bucket_cap_mb=0.05)
     else:
-        model, optimizer = mz.zero(model, optimizer, int(kind[-1]), segment_mb=0.05)
+        model, optimizer = mz.zero(model, optimizer, int(kind[-1]), segment_mb=0.05, **config["zero"])
     watch(fault, model, optimizer)
     return model, optimizer
 
@@ -181,10 +182,14 @@ def send_sigterm(fault: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def freeze(fault: Any) -> Net:
+def frozen(fault: Any) -> Net:
     model = Net()
-    model.middle.bias.requires_grad_(False)
+    model.first.weight.requires_grad_(False)
     return model
+
+
+def freeze(fault: Any) -> None:
+    fault.model.module.first.weight.requires_grad_(False)
 
 
 # Of the moment "model" what is returned is the culprit's model.
@@ -192,7 +197,8 @@ ACTS = {
     "another order": lambda fault: Net(("middle", "first", "last")),
     "another width": lambda fault: Net(width=WIDTH + 1),
     "another layer": lambda fault: nn.Sequential(Net(), nn.Identity(), nn.Linear(1, 1)),
-    "frozen": freeze,
+    "frozen": frozen,
+    "freeze": freeze,
     "skip": lambda fault: "skip",
     "nan": lambda fault: float("nan"),
     "save alone": save_alone,
