@@ -16,7 +16,7 @@ from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
-from mpizero.world.segments import unname_segments
+from mpizero.world.segments import remove_segments, unname_segments
 from mpizero.world.startup import load_mpi, start_mpi
 
 if TYPE_CHECKING:
@@ -70,7 +70,11 @@ def _start(
 ) -> World:
     """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
     if comm is None:
-        comm = start_mpi(launch)
+        try:
+            comm = start_mpi(launch)
+        except LaunchError:
+            remove_segments(os.getpid())
+            raise
     mpi = load_mpi()
     if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
         raise ArgumentError("init()", "comm", repr(comm), "None or an mpi4py intracommunicator")
@@ -79,6 +83,8 @@ def _start(
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
     if world is None or world.closed or elastic:
+        if not _worlds and comm.size > 1:
+            diagnostics.end_with_launcher(comm.rank)
         install_abort_hooks(comm)  # first: a rank that fails from here on must not be waited for
         others = any(not known.closed for known in _worlds)
         world = reform.start(comm, device, others) if elastic else World(comm, device)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from mpizero.diagnostics.lanes import Lanes
+from mpizero.diagnostics.orphans import end_with_launcher
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
 from mpizero.diagnostics.start import (
     recorder,
@@ -21,6 +22,7 @@ __all__ = [
     "Lane",
     "Lanes",
     "Recorder",
+    "end_with_launcher",
     "recorded",
     "recorder",
     "spanned",

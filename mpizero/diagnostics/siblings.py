@@ -38,16 +38,24 @@ def local_size() -> int | None:
     return None
 
 
+def launcher() -> int | None:
+    """The process of the launcher's that has started this rank; None where that cannot be seen."""
+    above = os.getpid()
+    if _rank_of(above) is None:
+        return None
+    while _rank_of(above) is not None:
+        above = parent_of(above)
+    return above or None
+
+
 def siblings() -> list[Sibling]:
     """The ranks of this node that are there, this one too; [] where the system does not show them.
 
     In the order of their ranks. What has ended is not among them.
     """
-    above = os.getpid()
-    if _rank_of(above) is None:
+    above = launcher()
+    if above is None:
         return []
-    while _rank_of(above) is not None:
-        above = parent_of(above)
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
