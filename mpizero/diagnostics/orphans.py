@@ -9,10 +9,13 @@ import os
 import select
 import signal
 import threading
+import time
 from contextlib import suppress
 
 from mpizero.diagnostics.siblings import launcher
 from mpizero.world.abort import say_last
+
+_GRACE_SECONDS = 0.5  # for what the launcher itself has sent before it ended
 
 
 def end_with_launcher(rank: int) -> None:
@@ -37,5 +40,6 @@ def _wait(handle: int, rank: int, above: int) -> None:
     ended.register(handle, select.POLLIN)
     with suppress(OSError):
         ended.poll()
+        time.sleep(_GRACE_SECONDS)
         say_last(f"mpizero: rank {rank} ends, for its launcher (pid {above}) has ended.\n")
         os.kill(os.getpid(), signal.SIGKILL)

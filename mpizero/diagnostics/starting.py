@@ -67,7 +67,7 @@ def _await_siblings(launch: Launch, expected: int, timeout: float | None) -> Non
     lacking_since: float | None = None
     while True:
         present = siblings()
-        if len(present) >= expected and all(each.has_come for each in present) or not present:
+        if (len(present) >= expected and all(each.has_come for each in present)) or not present:
             return
         now = time.monotonic()
         lacking_since = (lacking_since or now) if len(present) < expected else None

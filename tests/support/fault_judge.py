@@ -12,14 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from support.faults import ENDS, GOES_ON, Fault
-from support.launch import ROOT, find_mpirun, is_openmpi, launch_environment, mpirun_command, started
+from support.launch import (
+    ROOT,
+    find_mpirun,
+    is_openmpi,
+    launch_environment,
+    mpirun_command,
+    started,
+)
 
 PROGRAM = Path(__file__).parent / "faulty_program.py"
 
@@ -27,6 +34,7 @@ TIMEOUT = 3.0  # MPIZERO_TIMEOUT of every job
 _SECONDS = 50.0  # a job that has not ended so long after the fault hangs
 _START_SECONDS = 120.0  # importing torch takes long where others do it, too
 _VANISH_SECONDS = 3.0  # for processes to be gone after the launcher has said that all is over
+_LATER = ", removed by the next start"
 _WORD = "FAULT_JOB"  # in the environment of every process of the job
 
 
@@ -61,7 +69,7 @@ def judge(fault: Fault) -> Verdict:
         again = None
         if fault.saves:
             again = _run(fault.without(), folder, machine)
-        return _verdict(fault, ended, again)
+        return _verdict(fault, ended, again, folder)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def _run(fault: Fault, folder: Path, machine: _Machine) -> _Ended:
     python = [*fault.around, sys.executable, str(PROGRAM), json.dumps(config)]
     arguments = fault.launcher_arguments.get(mpi_name(), ())
     command = [*machine.words, *mpirun_command(sys.executable, fault.ranks, arguments), *python]
-    if fault.launched_by:
+    if fault.alone:
         command = [*machine.words, *python]
     env = launch_environment(
         {
@@ -147,17 +155,20 @@ def _ends(process: subprocess.Popen[str], log: Path) -> bool:
     return False
 
 
-def _verdict(fault: Fault, ended: _Ended, again: _Ended | None) -> Verdict:
+def _verdict(fault: Fault, ended: _Ended, again: _Ended | None, folder: Path) -> Verdict:
     wrong, left = [], list(ended.left)
     said = ""
     output = ended.output.replace("exited on\nsignal", "exited on signal")
+    output = output.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "")
     for pattern in fault.says:
         found = re.search(rf"^.*(?:{pattern}).*$", output, re.MULTILINE)
         if found is None:
             wrong.append(f"does not say {pattern!r}")
         else:
             said = said or found[0].strip()
-    if not ended.happened and not fault.launched_by:
+    if fault.promise == ENDS and not fault.says:  # what the launcher says, each in its own way
+        said = next((line.strip() for line in output.splitlines() if line.strip()), "")
+    if not ended.happened and not fault.alone:
         wrong.append("nothing had happened")
     if ended.late:
         wrong.append(f"has not ended after {_SECONDS:g} s")
@@ -175,9 +186,11 @@ def _verdict(fault: Fault, ended: _Ended, again: _Ended | None) -> Verdict:
     if again is not None:
         if again.status or len(again.done) < fault.ranks:
             wrong.append(f"started again, ended with {again.status}: {again.output[-2000:]}")
-        left = [f"{each}, removed by the next start" if ".partial" in each else each for each in left]
+        left = [
+            f"{each}, removed by the next start" if ".partial" in each else each for each in left
+        ]
         wrong += [f"started again, left {each}" for each in again.left]
-    wrong += [f"left {each}" for each in left if "next start" not in each]
+    wrong += [f"left {each}" for each in left if not each.endswith(_LATER)]
     text = "; ".join(wrong)
     if text:
         text += f"\n--- what it printed\n{ended.output[-6000:]}"

@@ -168,6 +168,12 @@ def ask(fault: Fault) -> None:
     time.sleep(2)
 
 
+def send(name: str) -> Callable[[Fault], None]:
+    """A signal to itself."""
+    number = getattr(signal, name)
+    return lambda fault: os.kill(os.getpid(), number)
+
+
 def leave(fault: Fault) -> str:
     return "leave"
 
@@ -216,10 +222,7 @@ ACTS: dict[str, Callable[[Fault], Any]] = {
         f"{name} to the launcher": tell_the_launcher(getattr(signal, name))
         for name in ("SIGINT", "SIGTERM", "SIGKILL")
     },
-    **{
-        name: lambda fault, number=getattr(signal, name): os.kill(os.getpid(), number)
-        for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGILL", "SIGINT")
-    },
+    **{name: send(name) for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGILL", "SIGINT")},
 }
 
 

@@ -73,7 +73,9 @@ def build(fault: Any) -> tuple[Any, Any]:
     if kind == "ddp":
         model = mz.DistributedDataParallel(model, bucket_cap_mb=0.05)
     else:
-        model, optimizer = mz.zero(model, optimizer, int(kind[-1]), segment_mb=0.05, **config["zero"])
+        model, optimizer = mz.zero(
+            model, optimizer, int(kind[-1]), segment_mb=0.05, **config["zero"]
+        )
     watch(fault, model, optimizer)
     return model, optimizer
 
