@@ -232,6 +232,13 @@ def test_a_call_to_which_all_have_come_may_go_on() -> None:
     assert "data is moving" in report("asked", views)
 
 
+def test_a_rank_that_is_stopped_within_a_call_is_told() -> None:
+    views = [view(0, made("a", 3)), view(1, made("a", 3), state="stopped"), view(2, made("a", 3))]
+    text = report("asked", views)
+    assert "in it, rank 1 (pid 101 on n1) is stopped" in text
+    assert "all of its ranks have come" in text and "data is moving" not in text
+
+
 def test_sub_worlds_wait_for_their_own_ranks_only() -> None:
     views = [view(0, made("a", 1, "0-1 blocking")), view(1), view(2, state="left")]
     assert stuck_calls(views)[0].missing == (1,) and hopeless(views, 3) == ""

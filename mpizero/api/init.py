@@ -56,8 +56,8 @@ def init(
     device = _bind(launch)
     if elastic:
         survival.prepare()
-    is_first = comm is None and not _worlds
-    with diagnostics.starting(launch, timeout) if is_first else nullcontext():
+    starts = comm is None and not load_mpi().Is_initialized()
+    with diagnostics.starting(launch, timeout) if starts else nullcontext():
         return _start(launch, comm, device, timeout, elastic)
 
 

@@ -57,13 +57,23 @@ def siblings() -> list[Sibling]:
     if above is None:
         return []
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        pid = int(folder.name)
-        if parent_of(pid) == above:
-            rank, state = _rank_of(pid), state_of(pid)
-            if rank is not None and state != GONE:
-                found.append(Sibling(rank, pid, state, _has_come(pid)))
+    for pid in _children_of(above):
+        rank, state = _rank_of(pid), state_of(pid)
+        if rank is not None and state != GONE:
+            found.append(Sibling(rank, pid, state, _has_come(pid)))
     return sorted(found, key=lambda each: each.rank)
+
+
+def _children_of(pid: int) -> list[int]:
+    try:
+        lists = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        lists = []
+    if lists:
+        return [int(child) for each in lists for child in each.split()]
+    # A kernel that does not list them: look at every process.
+    everyone = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return [each for each in everyone if parent_of(each) == pid]
 
 
 def _rank_of(pid: int) -> int | None:
