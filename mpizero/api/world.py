@@ -18,6 +18,7 @@ from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.progress import Handle, Messages, Worker, overlaps
@@ -49,12 +50,14 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         device: Device,
         cuda_awareness: CudaAwareness | None = None,
         *,
-        threaded: bool | None = None,
+        in_order: bool = False,
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
-        self._lanes = lanes = Lanes.of(self)
-        self._worker = Worker(overlaps(self, threaded), device.activate, lanes.waiting)
+        self._lanes = lanes = Lanes.of(self, in_order)
+        threaded = overlaps(self, wanted=in_order)
+        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order)
+        self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
@@ -65,6 +68,7 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             self._node_memory,
             self.tuning,
             lanes,
+            in_order,
         )
         self.closed = False
         self._plans = self._caller.plans
@@ -104,13 +108,14 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         comm = self.split_comm(color, self.rank if key is None else key)
         return None if comm is None else self._world_of(comm)
 
-    def subworld(self, ranks: Sequence[int], *, threaded: bool | None = None) -> World | None:
+    def subworld(self, ranks: Sequence[int], *, in_order: bool = False) -> World | None:
         """The World of ``ranks`` of this one, numbered in that order; None for other ranks.
 
         Collective over ``ranks`` alone (MPI_Comm_create_group, MPI 4.1, section 7.4.2): the others
         need not call it. Who calls it for several sub-worlds does so in an order that all have in
-        common. ``threaded``: whether asynchronous operations get a thread; None: as ``init`` would
-        decide. Raises ArgumentError for ranks that are not of this world or come twice, and
+        common. ``in_order``: blocking and asynchronous calls have one order, in which a call may be
+        blocking on one rank and asynchronous on another; and the latter get a thread wherever MPI
+        allows it. Raises ArgumentError for ranks that are not of this world or come twice, and
         MismatchError where they stand in another order on another rank. ``close()`` gives it back.
         """
         listed = list(ranks)
@@ -127,11 +132,11 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             if listed != sorted(listed):
                 whole, comm = comm, track(comm.Split(0, listed.index(self.rank)))
                 whole.Free()
-            return self._world_of(comm, threaded)
+            return self._world_of(comm, in_order)
 
-    def _world_of(self, comm: MPI.Intracomm, threaded: bool | None = None) -> World:
+    def _world_of(self, comm: MPI.Intracomm, in_order: bool = False) -> World:
         """A World over a communicator, which it replaces by duplicates of its own."""
-        world = World(comm, self.device, self.cuda_awareness, threaded=threaded)
+        world = World(comm, self.device, self.cuda_awareness, in_order=in_order)
         comm.Free()
         return world
 
@@ -166,17 +171,22 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         on. "mean" wants floating or complex numbers, those of bits integers or booleans. Raises
         ArgumentError and MismatchError.
         """
-        plans = None if asynchronous else self._plans
-        if plans is not None and type(x) is np.ndarray and out is None:
+        # Where the two kinds of calls have one order, they must go alike.
+        plans = None if asynchronous and not self._in_order else self._plans
+        if plans is not None and not asynchronous and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                lane = self._lanes.blocking
-                at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
-                try:
-                    plans.carry_out(plan, x)
-                finally:
-                    lane.end(at)
-                return x
+                in_order = self._in_order
+                if not in_order or self._worker.take_turn():
+                    lane = self._lanes.blocking
+                    at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+                    try:
+                        plans.carry_out(plan, x)
+                    finally:
+                        lane.end(at)
+                        if in_order:
+                            self._worker.give_turn()
+                    return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
 
@@ -246,17 +256,22 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         """Put the ranks' arrays behind one another along the first axis, on every rank.
 
         ``x``: shape (k, ...), any dtype. Returns a new array, or ``out``, of shape
-        (size * k, ...); (size,) for a zero-dimensional ``x``.
+        (size * k, ...); (size,) for a zero-dimensional ``x``. ``x`` may be this rank's own part of
+        ``out``, where its values are to be.
         """
 
         def prepare() -> Call:
             source = self._open(x, "allgather()", "x", writable=False)
             first, *rest = source.shape or (1,)
-            target = self._target("allgather()", source, out, (self.size * first, *rest))
+            shape = (self.size * first, *rest)
+            target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
             def work(run: Dispatch, parts: Parts) -> Any:
-                run.all_gather(source.flat, target.flat, algorithm)
+                block = source.flat
+                if not (target.is_copy or source.is_copy) and overlap(block, target.flat):
+                    block = block.copy()  # MPI reads and writes no memory at a time
+                run.all_gather(block, target.flat, algorithm)
                 return target.commit()
 
             return Call(describe("allgather", source, algorithm), work, (source.array,))
@@ -304,10 +319,13 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
 
         return self._caller.perform(prepare, asynchronous)
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda run, parts: None), False)
+    def barrier(self, *, asynchronous: bool = False) -> Handle | None:
+        """Wait until every rank has come here; ``asynchronous``: with a handle's ``wait``."""
+        # The agreement that precedes every call is a barrier by itself.
+        found: Handle | None = self._caller.perform(
+            lambda: Call("barrier()", lambda run, parts: None), asynchronous
+        )
+        return found
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""

@@ -175,6 +175,14 @@ class Lane:
         _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both)
         return at >> 3
 
+    def begin_behind(self, other: Lane, what: str, nbytes: int = 0, line: int = 0) -> int:
+        """``begin``, where the calls of this lane and of ``other`` have one order and are counted
+        together. The two belong to one thread at a time."""
+        self.sequence = other.sequence
+        at = self.begin(what, nbytes, line)
+        other.sequence = self.sequence
+        return at
+
     def again(self, sequence: int, what: str, line: int = 0) -> int:
         """Go on with an earlier call of the lane, which had been ended: wait for it now."""
         newest, self.sequence = self.sequence, sequence - 1
