@@ -103,7 +103,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
 
     Collective over all ranks, which call it with the same sets in the same order. (A set made of a
     communicator may be another one on each rank.) Raises ArgumentError for ranks that there are
-    not, and for ranks of which there is a set.
+    not, and for a set that is registered already.
     """
     function = "hvd.add_process_set()"
     world = global_process_set.world
@@ -121,9 +121,6 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
             raise ArgumentError(
                 function, "process_set", str(ranks), f"ranks from 0 to {world.size - 1}"
             )
-        known = [each for each in _registered.values() if each.ranks == ranks]
-        if known:
-            raise ArgumentError(function, "process_set", str(ranks), f"ranks other than {known}")
         new._bind(number, ranks, world.split(0 if world.rank in ranks else None))
     _registered[number] = new
     return new
