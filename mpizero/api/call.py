@@ -108,6 +108,9 @@ class Caller:
             return work()
         return finished(work()) if self._alone else self._worker.submit(work, call.description)
 
+    def open_for(self, function: str) -> None:
+        """Nothing: the world has not been closed."""
+
     def close(self) -> None:
         """Give back what the algorithms have of their own. Collective."""
         self._blocking.close()

@@ -10,24 +10,27 @@ import numpy as np
 
 from mpizero.api.call import Call, Caller, ClosedCaller
 from mpizero.api.describe import check_form, describe
+from mpizero.api.messages import MessageCalls
+from mpizero.api.rooted import RootedCalls
+from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
+from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
-from mpizero.progress import Handle, Worker, overlaps
+from mpizero.progress import Handle, Messages, Worker, overlaps
 from mpizero.reduction import operation
-from mpizero.world import Device, Group
+from mpizero.world import Device
 from mpizero.world.startup import load_mpi
-from mpizero.world.survival import lifeline
+from mpizero.world.survival import lifeline, track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class World(Group):
+class World(RootedCalls, UnevenCalls, MessageCalls):
     """Ranks that work together: where they are, and collective operations on their arrays.
 
     Every collective takes numpy arrays, CuPy arrays and anything with the buffer protocol, DLPack
@@ -41,12 +44,18 @@ class World(Group):
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, device: Device, cuda_awareness: CudaAwareness | None = None
+        self,
+        comm: MPI.Intracomm,
+        device: Device,
+        cuda_awareness: CudaAwareness | None = None,
+        *,
+        threaded: bool | None = None,
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
         self._lanes = lanes = Lanes.of(self)
-        self._worker = Worker(overlaps(self), device.activate, lanes.waiting)
+        self._worker = Worker(overlaps(self, threaded), device.activate, lanes.waiting)
+        self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
         self._caller: Any = Caller(
@@ -93,7 +102,38 @@ class World(Group):
 
         self._caller.perform(prepare, False)
         comm = self.split_comm(color, self.rank if key is None else key)
-        return None if comm is None else World(comm, self.device, self.cuda_awareness)
+        return None if comm is None else self._world_of(comm)
+
+    def subworld(self, ranks: Sequence[int], *, threaded: bool | None = None) -> World | None:
+        """The World of ``ranks`` of this one, numbered in that order; None for other ranks.
+
+        Collective over ``ranks`` alone (MPI_Comm_create_group, MPI 4.1, section 7.4.2): the others
+        need not call it. Who calls it for several sub-worlds does so in an order that all have in
+        common. ``threaded``: whether asynchronous operations get a thread; None: as ``init`` would
+        decide. Raises ArgumentError for ranks that are not of this world or come twice, and
+        MismatchError where they stand in another order on another rank. ``close()`` gives it back.
+        """
+        listed = list(ranks)
+        if not listed or len({*listed}) < len(listed) or not {*listed} <= {*range(self.size)}:
+            allowed = f"different ranks, 0 to {self.size - 1}"
+            raise ArgumentError("subworld()", "ranks", str(listed), allowed)
+        self._caller.open_for("subworld()")
+        if self.rank not in listed:
+            return None
+        what = f"subworld({listed})"
+        with recorded(Lanes.forming(self, listed), what):
+            comm = self.comm_of(sorted(listed))
+            Agreement(comm, None).reach(what)
+            if listed != sorted(listed):
+                whole, comm = comm, track(comm.Split(0, listed.index(self.rank)))
+                whole.Free()
+            return self._world_of(comm, threaded)
+
+    def _world_of(self, comm: MPI.Intracomm, threaded: bool | None = None) -> World:
+        """A World over a communicator, which it replaces by duplicates of its own."""
+        world = World(comm, self.device, self.cuda_awareness, threaded=threaded)
+        comm.Free()
+        return world
 
     def part(self, name: str, color: int) -> World:
         """The sub-world of the ranks that give the same ``color``: one and the same for a name.
@@ -121,9 +161,10 @@ class World(Group):
         In place: ``x`` holds the result and is returned; with ``out`` (same shape and dtype),
         ``x`` stays as it is. A Python or numpy scalar is returned as a new scalar.
 
-        ``op``: "sum", "mean", "max", "min" or "product". float16 and bfloat16 are summed in
-        float32 in a fixed order and rounded once; max and min pass NaN on. "mean" wants floating
-        or complex numbers. Raises ArgumentError and MismatchError.
+        ``op``: "sum", "mean", "max", "min", "product", and of bits "band", "bor", "bxor". float16
+        and bfloat16 are summed in float32 in a fixed order and rounded once; max and min pass NaN
+        on. "mean" wants floating or complex numbers, those of bits integers or booleans. Raises
+        ArgumentError and MismatchError.
         """
         plans = None if asynchronous else self._plans
         if plans is not None and type(x) is np.ndarray and out is None:
@@ -228,8 +269,7 @@ class World(Group):
         """Give every rank the ``root``'s ``x``, in place (any shape and dtype); returns ``x``."""
 
         def prepare() -> Call:
-            if not 0 <= root < self.size:
-                raise ArgumentError("broadcast()", "root", str(root), f"0 to {self.size - 1}")
+            self._check_rank("broadcast()", "root", root)
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
             self._caller.check_algorithm(algorithm, "broadcast")
 
@@ -412,30 +452,3 @@ class World(Group):
         # agreement says so.
         result = self.allreduce(np.array(x), op, algorithm=algorithm)[()]
         return result if isinstance(x, np.generic) else result.item()
-
-    def _open(self, x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
-        opened = open_array(x, function, argument, writable=writable)
-        self.device.check(opened.array, function, argument)
-        return opened
-
-    def _part_shape(self, function: str, source: OpenArray) -> tuple[int, ...]:
-        if not source.shape or source.shape[0] % self.size:
-            raise ArgumentError(
-                function,
-                "x",
-                f"an array of shape {source.shape}",
-                f"one whose first axis is a multiple of the {self.size} ranks",
-                "Pad it, or use allreduce().",
-            )
-        return (source.shape[0] // self.size, *source.shape[1:])
-
-    def _target(
-        self, function: str, source: OpenArray, out: Any, shape: tuple[int, ...]
-    ) -> OpenArray:
-        if out is None:
-            out = empty_like(source.array, shape)
-        target = self._open(out, function, "out", writable=True)
-        check_form(function, target, shape, source.dtype)
-        if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
-            raise ArgumentError(function, "out", "memory of x", "memory of its own")
-        return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,17 @@ class Lanes:
             node_ranks = as_ranges(group.job_ranks[rank] for rank in group.node_ranks)
             memory = recorder().lane(node_ranks, BLOCKING)
         return cls(blocking, asynchronous, waiting, memory)
+
+    def between(self, group: Group, source: int, to: int) -> Lane:
+        """A new one for the messages that one rank of the group sends to another.
+
+        The two count them alike, whichever other worlds they have messages in.
+        """
+        both = as_ranges(group.job_ranks[rank] for rank in (source, to))
+        kind = f"messages {source} to {to} of {self.blocking.name}"
+        return recorder().lane(both, kind)
+
+    @staticmethod
+    def forming(group: Group, ranks: Iterable[int]) -> Lane:
+        """A new one for some ranks of the group that are about to form one of their own."""
+        return recorder().lane(as_ranges(group.job_ranks[rank] for rank in ranks), BLOCKING)

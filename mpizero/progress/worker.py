@@ -22,11 +22,11 @@ from mpizero.progress.handle import Handle
 from mpizero.world.group import Group
 
 
-def overlaps(group: Group) -> bool:
+def overlaps(group: Group, wanted: bool | None = None) -> bool:
     """True if asynchronous operations of ``group`` should run on a thread.
 
-    That needs MPI_THREAD_MULTIPLE, and a core for it beside each rank's compute.
-    ``MPIZERO_PROGRESS=thread|inline|auto`` decides otherwise.
+    That needs MPI_THREAD_MULTIPLE, and a core for it beside each rank's compute, unless ``wanted``
+    says otherwise. ``MPIZERO_PROGRESS=thread|inline|auto`` decides over both.
     """
     wish = os.environ.get("MPIZERO_PROGRESS", "auto")
     if wish not in ("auto", "thread", "inline"):
@@ -40,7 +40,9 @@ def overlaps(group: Group) -> bool:
             "auto or inline",
             f"This MPI grants thread level '{group.thread_level}'; a thread needs 'multiple'.",
         )
-    return possible and (wish == "thread" or (wish == "auto" and group.cores_per_rank >= 2))
+    if wanted is None:
+        wanted = group.cores_per_rank >= 2
+    return possible and (wish == "thread" or (wish == "auto" and wanted))
 
 
 class Worker:
