@@ -68,7 +68,7 @@ def broadcast_optimizer_state(
 
     def work(world: World) -> None:
         is_root = world.rank == root
-        state = optimizer.state_dict() if is_root else None
+        state: Any = optimizer.state_dict() if is_root else None
         found: list[torch.Tensor] = []
 
         def place(tensor: torch.Tensor) -> _Place:

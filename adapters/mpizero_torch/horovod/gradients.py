@@ -22,6 +22,7 @@ from mpizero_torch.horovod.allgather import gather_rows
 from mpizero_torch.horovod.compression import Compressor
 from mpizero_torch.horovod.negotiation import Handle, stand_in
 from mpizero_torch.horovod.process_set import ProcessSet
+from mpizero_torch.horovod.sparse import sparse
 
 GRADIENTS = "gradients"
 
@@ -299,10 +300,9 @@ class Gradients:
             gradient = gradient.coalesce()
             indices, values = gradient.indices().t().contiguous(), gradient.values()
         small, context = self._compression.compress(values * self._prescale)
-        every = gather_rows(self._world, indices).t()
+        every = gather_rows(self._world, indices)
         rows = self._compression.decompress(gather_rows(self._world, small.contiguous()), context)
-        total = torch.sparse_coo_tensor(every, rows / self._divisor, parameter.shape)
-        parameter.grad = total.coalesce()
+        parameter.grad = sparse(every, rows / self._divisor, parameter.shape)
 
     def _gradient(self, index: int) -> torch.Tensor | None:
         parameter = self._named[index][1]

@@ -142,6 +142,7 @@ class Negotiation:
                 pass
         finally:
             self._joined_at = None
+        self._unnamed.clear()  # who joined early has submitted less: numbers begin anew
         return last
 
     def round(self, waiting: bool = True) -> int | None:

@@ -115,7 +115,7 @@ class _Distributed(torch.optim.Optimizer):
     def _hvd_step(self, closure: Any) -> Any:
         # A scheduler made of the plain optimizer looks there for whether steps are taken.
         self._plain._opt_called = True  # type: ignore[attr-defined]
-        return super().step() if closure is None else super().step(closure)  # type: ignore[safe-super]
+        return super().step() if closure is None else super().step(closure)
 
 
 class _Reduced(_Distributed):
@@ -168,7 +168,7 @@ class _Reduced(_Distributed):
         if self._gradients is not None:
             self._gradients.passes = passes
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Wait for the gradients, if that has not been done, and take the optimizer's step.
 
         The gradients of a ``closure`` are reduced each time that it is called.
@@ -220,7 +220,7 @@ class _Adasum(_Distributed):
         yield
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the step, and go from where all ranks were by the Adasum of their steps."""
         parameters = [parameter for _, parameter in self._hvd_named()]
         before = [parameter.detach().clone() for parameter in parameters]

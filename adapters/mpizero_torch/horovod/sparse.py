@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mpizero import ArgumentError
@@ -33,8 +35,18 @@ def sparse_allreduce_async(
 
     def total(results: tuple[list[torch.Tensor], object]) -> torch.Tensor:
         (indices, values), _ = results
-        found = torch.sparse_coo_tensor(indices.t(), values, tensor.shape).coalesce()
+        found = sparse(indices, values, tensor.shape)
         return found / size if op is Average else found
 
     parts = [own.indices().t().contiguous(), own.values()]
     return submit_allgather(parts, name, process_set).then(total)
+
+
+def sparse(indices: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The sparse tensor with these ``values`` at the places that the rows of ``indices`` name.
+
+    Values of the same place are added up.
+    """
+    # They come from sparse tensors, so that there is nothing to check.
+    made = torch.sparse_coo_tensor(indices.t(), values, list(shape), check_invariants=False)
+    return made.coalesce()
