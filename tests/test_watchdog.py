@@ -70,7 +70,7 @@ def test_a_rank_that_does_not_come_is_named_and_the_job_ends(how: str) -> None:
     assert re.search(r"missing: rank 1 \(pid \d+ on .*last did allreduce\(float32, .*call 5", error)
     assert ("is stopped" in error) == (how == "stopped")
     of_rank_1 = error[error.index("  rank 1, Python stacks") :]
-    assert re.search(r'File "<string>", line 12 in train', of_rank_1), error
+    assert re.search(r'MainThread.*:\n +File "<string>", line 12 in train', of_rank_1), error
 
 
 def test_a_rank_that_leaves_early_is_found_long_before_the_time_is_up() -> None:
@@ -146,6 +146,32 @@ def test_a_running_job_may_be_asked_and_goes_on(asked_by: str) -> None:
     assert "line 12 in train" in found
     if asked_by == "command":
         assert "mpizero: " not in error  # the job's own watchdogs left it to the command
+
+
+def test_a_rank_whose_threads_run_survives_being_asked() -> None:
+    """Frames that go while they are read have crashed ranks."""
+    program = """
+import os, subprocess, sys, threading, time
+import mpizero
+
+world = mpizero.init()
+if world.rank == 1:
+    def deep(n):
+        return deep(n - 1) if n else [i for i in range(3)]
+    def work():
+        while True:
+            deep(30)
+            exec("def f(): return 1")
+    threading.Thread(target=work, daemon=True).start()
+    shots = f"import os, time\\nfor _ in range(20000): os.kill({os.getpid()}, 12); time.sleep(1e-4)"
+    asking = subprocess.Popen([sys.executable, "-c", shots])
+    while asking.poll() is None:
+        time.sleep(1e-3)  # without Python's lock
+    assert asking.returncode == 0
+world.barrier()
+"""
+    result = mpirun(2, program, timeout=40)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_job_that_is_not_there_is_said_to_be_none() -> None:

@@ -36,7 +36,8 @@ class OtherNodes:
         self._sent: list[tuple[MPI.Request, bytes]] = []
 
     def answer(self) -> None:
-        """Answer the questions that have come."""
+        """Answer the questions that have come, also those of ranks of this node."""
+        self._node.answer()
         status = self._mpi.Status()
         while self._comm.iprobe(self._mpi.ANY_SOURCE, _QUESTION, status):
             number, with_stacks, ends = self._comm.recv(source=status.source, tag=_QUESTION)

@@ -17,10 +17,6 @@ def state_of(pid: int) -> str:
     return {"T": STOPPED, "t": STOPPED, "Z": GONE, "X": GONE}.get(letter, RUNNING)
 
 
-def is_stopped(pid: int) -> bool:
-    return state_of(pid) == STOPPED
-
-
 def oom_kills() -> int:
     """How often the kernel has killed a process of this one's memory group for want of memory."""
     try:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from mpizero.diagnostics.process import GONE, STOPPED
 from mpizero.diagnostics.record import Made
-from mpizero.diagnostics.stacks import without_ours
 from mpizero.diagnostics.views import LEFT, UNSEEN, Stuck, View, name, stuck_calls
 
 _STATES = {
@@ -92,7 +91,7 @@ def _stacks(views: Sequence[View]) -> list[str]:
     by_stack: dict[str, list[int]] = {}
     for view in views:
         if view.state != UNSEEN:
-            by_stack.setdefault(without_ours(view.stack), []).append(view.rank)
+            by_stack.setdefault(view.stack, []).append(view.rank)
     lines = []
     for stack, ranks in by_stack.items():
         if stack:
