@@ -27,7 +27,6 @@ def _initialized() -> Iterator[None]:
     hvd.init()
     yield
     hvd.shutdown()
-    gc.collect()
 
 
 def net() -> nn.Module:
@@ -474,6 +473,7 @@ def test_state_and_schedulers_are_those_of_the_plain_optimizer() -> None:
 @several_ranks
 def test_an_optimizer_that_is_gone_leaves_nothing_behind() -> None:
     """Not its gradients, and not its number, which the next one has."""
+    gc.collect()
     for _ in range(3):
         model = net()
         optimizer = hvd.DistributedOptimizer(SGD(model.parameters()))

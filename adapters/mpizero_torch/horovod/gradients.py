@@ -64,8 +64,7 @@ class Gradients:
 
     def watch(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Watch these parameters from now on, and no others."""
-        for hook in self._hooks:
-            hook.remove()
+        self.remove()
         self._named = list(named)
         self._came = [0] * len(self._named)
         self._arrivals: list[int] = []
@@ -75,6 +74,11 @@ class Gradients:
             parameter.register_post_accumulate_grad_hook(self._on_accumulated(index))
             for index, (_, parameter) in enumerate(self._named)
         ]
+
+    def remove(self) -> None:
+        """Watch none any more."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def unwatched(
         self, named: Sequence[tuple[str, nn.Parameter]]

@@ -121,9 +121,11 @@ class _Distributed(torch.optim.Optimizer):
 class _Reduced(_Distributed):
     """Average and Sum: gradients are reduced, and then all ranks take the same step."""
 
-    _gradients: Gradients | None
+    _gradients: Gradients | None = None
 
     def _hvd_start(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
         self._gradients = None
         self._waits_in_step = True
         self._is_reduced = False
