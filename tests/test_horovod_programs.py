@@ -73,20 +73,19 @@ def test_programs_run(tmp_path: Path) -> None:
     assert re.fullmatch(r"Total img/sec on 2 CPU\(s\): [\d.]+ \+-[\d.]+", rate)
 
 
-def trained(segments: list[tuple[int, int, int]]) -> torch.Tensor:
-    """What one process makes of the elastic program's samples; first and last step, and ranks."""
+def trained(sizes: list[int]) -> torch.Tensor:
+    """What one process makes of the elastic program's samples; on how many ranks each step was."""
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    for first, last, size in segments:
+    for step, size in enumerate(sizes):
         optimizer.param_groups[0]["lr"] = 0.05 * size
-        for step in range(first, last):
-            optimizer.zero_grad()
-            for rank in range(size):
-                numbers = torch.Generator().manual_seed(100 * step + rank)
-                x = torch.randn(5, 4, generator=numbers, dtype=torch.float64)
-                ((model(x).squeeze(1) - x.sum(1)).square().mean() / size).backward()
-            optimizer.step()
+        optimizer.zero_grad()
+        for rank in range(size):
+            numbers = torch.Generator().manual_seed(100 * step + rank)
+            x = torch.randn(5, 4, generator=numbers, dtype=torch.float64)
+            ((model(x).squeeze(1) - x.sum(1)).square().mean() / size).backward()
+        optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -100,9 +99,10 @@ def test_ranks_die_in_an_elastic_training(tmp_path: Path) -> None:
     resets, seen, weights = map(ast.literal_eval, lines)
     assert resets == [2, 1]
     assert [step for step, _ in seen] == list(range(12))
-    assert [size for _, size in seen] == [3] * 3 + [2] * 4 + [1] * 5
-    expected = trained([(0, 3, 3), (3, 7, 2), (7, 12, 1)])
-    torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), expected)
+    sizes = [size for _, size in seen]
+    # Who dies after an update takes the step along, or not: commits are each rank's own.
+    assert sizes in ([3] * 3 + [2] * 4 + [1] * 5, [3] * 3 + [2] * 5 + [1] * 4)
+    torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), trained(sizes))
 
 
 @several_ranks
