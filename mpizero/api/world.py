@@ -26,6 +26,8 @@ from mpizero.world.survival import lifeline
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpizero.api.mesh import Mesh
+
 
 class World(Group):
     """Ranks that work together: where they are, and collective operations on their arrays.
@@ -58,6 +60,7 @@ class World(Group):
             lanes,
         )
         self.closed = False
+        self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
         self._parts: dict[str, World] = {}
         self._node: World | None = None
