@@ -98,7 +98,7 @@ def test_sizes_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(mpizero.ArgumentError, match=f"a product of {world.size}, the ranks"):
         mpizero.mesh(tp=7)
     for wrong in (0, -1, 2.0, True, "2"):
-        with pytest.raises(mpizero.ArgumentError, match="'pp' is .*; allowed: an integer >= 1"):
+        with pytest.raises(mpizero.ArgumentError, match=r"'pp' is .* integer >= 1"):
             mpizero.mesh(pp=wrong)  # type: ignore[arg-type]
     if world.size > 1:
         with pytest.raises(mpizero.MismatchError, match="the mesh"):

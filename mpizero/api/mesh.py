@@ -24,10 +24,10 @@ _KIND = {"pp": "pipeline", "dp": "data", "sp": "sequence", "tp": "tensor"}
 class Mesh:
     """The ranks of ``world`` in a grid of ``pp`` x ``dp`` x ``sp`` x ``tp``; see ``mesh``.
 
-    ``mesh.dp``, ``mesh.tp``, ``mesh.pp`` and ``mesh.sp`` are Worlds: this rank and those that differ
-    from it along that axis alone. ``mesh["dp", "tp"]`` is the World of those that differ along
-    these axes; ``replicas`` (dp and sp) holds those who have the same part of the model, ``model``
-    (pp and tp) those who have the same part of the data. A World of a mesh knows it: ``world.mesh``.
+    ``mesh.dp``, ``mesh.tp``, ``mesh.pp`` and ``mesh.sp`` are Worlds: this rank and those that
+    differ from it along that axis alone. ``mesh["dp", "tp"]`` is the World of those that differ
+    along these axes; ``replicas`` (dp and sp) has those who hold the same part of the model,
+    ``model`` (pp and tp) those who see the same data. A World of a mesh knows it: ``world.mesh``.
     """
 
     def __init__(self, world: World, shape: Mapping[str, int]) -> None:
@@ -132,10 +132,10 @@ def mesh(
     """Arrange the ranks of ``world`` for several kinds of parallelism at once. Collective.
 
     ``dp``: ranks (or groups of them) with whole copies of the model, on other data; by default as
-    many as the others leave. ``tp``: ranks that each hold slices of every layer. ``pp``: stages of
-    layers. ``sp``: ranks that share out each sequence. Ranks next to each other along ``tp`` are
-    next to each other in a node; then come ``sp``, ``dp`` and ``pp``, whatever the launcher's order.
-    ``world``: ``init()``'s by default.
+    many as the others leave. ``tp``: ranks that each hold slices of every layer. ``pp``: stages
+    of layers. ``sp``: ranks that share out each sequence. Ranks next to each other along ``tp`` are
+    next to each other in a node; then come ``sp``, ``dp`` and ``pp``, whatever the launcher's
+    order. ``world``: ``init()``'s by default.
 
     Raises ArgumentError if the product is not the number of ranks, MismatchError if ranks differ.
     """
