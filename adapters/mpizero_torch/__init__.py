@@ -30,6 +30,7 @@ from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.elastic_state import ElasticState
 from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
+from mpizero_torch.mesh import Mesh, mesh
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
@@ -45,6 +46,7 @@ __all__ = [
     "ElasticState",
     "LaunchError",
     "MemoryReport",
+    "Mesh",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
@@ -68,6 +70,7 @@ __all__ = [
     "load",
     "mean",
     "memory_report",
+    "mesh",
     "save",
     "shard",
     "sum",

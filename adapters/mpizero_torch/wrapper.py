@@ -13,7 +13,7 @@ from torch import nn
 from mpizero import World
 from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
-from mpizero_torch import batch_weight
+from mpizero_torch import batch_weight, slices
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_tensors
 
@@ -113,6 +113,19 @@ class DistributedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(_COPY.format("pickled"))
+
+    @property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are kept equal or sharded over the ranks, by name."""
+        return list(self._named)
+
+    @property
+    def counts(self) -> list[bool]:
+        """For each parameter: does this rank speak for its part, along the axes of a mesh?
+
+        Of the ranks that hold the same part of it, and see the same data, one does.
+        """
+        return [slices.copy_number(parameter, self.world) == 0 for _, parameter in self._named]
 
     @property
     def _steps(self) -> int:

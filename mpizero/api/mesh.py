@@ -22,7 +22,7 @@ _KIND = {"pp": "pipeline", "dp": "data", "sp": "sequence", "tp": "tensor"}
 
 
 class Mesh:
-    """The ranks of ``world`` in a grid of ``pp`` x ``dp`` x ``sp`` x ``tp``; see ``mesh``.
+    """The ranks of ``world`` in a grid of ``pp`` x ``dp`` x ``sp`` x ``tp``; made by ``mesh()``.
 
     ``mesh.dp``, ``mesh.tp``, ``mesh.pp`` and ``mesh.sp`` are Worlds: this rank and those that
     differ from it along that axis alone. ``mesh["dp", "tp"]`` is the World of those that differ
@@ -30,9 +30,18 @@ class Mesh:
     ``model`` (pp and tp) those who see the same data. A World of a mesh knows it: ``world.mesh``.
     """
 
-    def __init__(self, world: World, shape: Mapping[str, int]) -> None:
-        self.world = world
-        self.shape: Mapping[str, int] = MappingProxyType({axis: shape[axis] for axis in AXES})
+    def __init__(
+        self,
+        world: World | None = None,
+        *,
+        dp: int | None = None,
+        sp: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+    ) -> None:
+        self.world = world = world if world is not None else init()
+        shape = _sizes(world, {"pp": pp, "dp": dp, "sp": sp, "tp": tp})
+        self.shape: Mapping[str, int] = MappingProxyType(shape)
         nodes = world.gather_objects((world.node_index, world.local_rank))
         self._node_of = [int(node) for node, _ in nodes]
         self.ranks = _grid(nodes, tuple(self.shape.values()))
@@ -139,8 +148,11 @@ def mesh(
 
     Raises ArgumentError if the product is not the number of ranks, MismatchError if ranks differ.
     """
-    world = world if world is not None else init()
-    given: dict[str, int | None] = {"pp": pp, "dp": dp, "sp": sp, "tp": tp}
+    return Mesh(world, dp=dp, sp=sp, tp=tp, pp=pp)
+
+
+def _sizes(world: World, given: Mapping[str, int | None]) -> dict[str, int]:
+    """The size of each axis, checked. Collective."""
     world.agree([", ".join(f"{axis}={size!r}" for axis, size in given.items())], "the mesh")
     sizes = {axis: _count(axis, size) for axis, size in given.items() if size is not None}
     sizes.setdefault("dp", max(1, world.size // prod(sizes.values())))
@@ -156,7 +168,7 @@ def mesh(
             "mesh()", "world", "that of init(elastic=True)", "one of a job that is not elastic",
             "When a rank dies, those who are left do not fill a mesh.",
         )  # fmt: skip
-    return Mesh(world, sizes)
+    return {axis: sizes[axis] for axis in AXES}
 
 
 def _count(axis: str, value: int) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup
+from mpizero_torch import slices
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -59,7 +60,7 @@ def zero(
         none of its groups are not trained.
     stage : what each of n ranks keeps only an n-th of: 1 the optimizer's state, 2 the gradients
         too, 3 the parameters too. 0: nothing (``DistributedDataParallel``).
-    world : the ranks; ``mz.init()``'s by default.
+    world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
     partition : "flat" cuts wherever it falls, for optimizers that treat every element on its own;
         "parameter" gives each rank whole parameters, for those that look at one parameter at a
         time. "auto" knows torch's optimizers; for others say which.
@@ -96,6 +97,7 @@ def zero(
         ), optimizer
     named = list(model.named_parameters())
     groups = _group_numbers(optimizer, named)
+    slices.check("zero()", named, world)
     partition = choose_partition(optimizer, partition)
     _agree(world, named, list(model.named_buffers()), groups, partition, stage)
     group = ShardGroup(world, shard_group)
@@ -110,6 +112,7 @@ def zero(
     )
     if sharding.how == SHARDED:
         _refuse_compiled(model)
+        _refuse_slices(named)
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)
     module = ShardedModule(
@@ -188,6 +191,17 @@ def _refuse_compiled(model: nn.Module) -> None:
             "a plain module, or stage 1 or 2, or shared parameters",
             "Its parameters come and go while it runs, which a compiled graph does not know.",
         )  # fmt: skip
+
+
+def _refuse_slices(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named:
+        if slices.is_slice(parameter):
+            raise ArgumentError(
+                "zero()", "model",
+                f"one whose '{name}' is cut up by tensor parallelism, for stage 3 without shared "
+                "parameters", "stage 1 or 2, or shared parameters",
+                "A slice's memory cannot come and go beneath torch's DTensor.",
+            )  # fmt: skip
 
 
 def _refuse_for_replicas(*given: Any) -> None:
