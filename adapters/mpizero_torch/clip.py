@@ -23,9 +23,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     whole model's gradients: slices of a parameter are put together, what several ranks hold counts
     once.
     """
-    if not isinstance(model, DistributedModule) or (
-        not isinstance(model, ShardedModule) and model.world.mesh is None
-    ):
+    if not isinstance(model, DistributedModule) or not _is_cut(model):
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
     gradients = own_gradients(model)
     norm = _global_norm(model, gradients, float(norm_type))
@@ -50,6 +48,15 @@ def own_gradients(model: DistributedModule) -> list[torch.Tensor]:
         return model.own_gradients()
     found = (slices.local_gradient(parameter) for parameter in model.parameters())
     return [gradient for gradient in found if gradient is not None]
+
+
+def _is_cut(model: DistributedModule) -> bool:
+    """Has this rank, or torch, less than all of each gradient?"""
+    return (
+        isinstance(model, ShardedModule)
+        or model.world.mesh is not None
+        or any(slices.is_slice(parameter) for parameter in model.parameters())
+    )
 
 
 def _global_norm(
