@@ -36,6 +36,7 @@ from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.timeline import trace
+from mpizero_torch.ulysses import SequenceParallelAttention, stretch
 from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "MpizeroError",
     "PreemptionGuard",
     "RankDiedError",
+    "SequenceParallelAttention",
     "ShardedLoader",
     "ShardedModule",
     "ShardedOptimizer",
@@ -73,6 +75,7 @@ __all__ = [
     "mesh",
     "save",
     "shard",
+    "stretch",
     "sum",
     "trace",
     "verify",

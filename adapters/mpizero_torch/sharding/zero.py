@@ -98,7 +98,8 @@ def zero(
     named = list(model.named_parameters())
     groups = _group_numbers(optimizer, named)
     slices.check("zero()", named, world)
-    partition = choose_partition(optimizer, partition)
+    are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
+    partition = choose_partition(optimizer, partition, are_cut)
     _agree(world, named, list(model.named_buffers()), groups, partition, stage)
     group = ShardGroup(world, shard_group)
     sharding = Sharding(
