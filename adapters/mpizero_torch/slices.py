@@ -24,6 +24,12 @@ def is_slice(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_slice_type(kind: type) -> bool:
+    """Are its objects DTensors?"""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of it that is on this rank: the tensor itself, or a DTensor's own part."""
     if not is_slice(tensor):

@@ -113,7 +113,6 @@ def zero(
     )
     if sharding.how == SHARDED:
         _refuse_compiled(model)
-        _refuse_slices(named)
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)
     module = ShardedModule(
@@ -192,17 +191,6 @@ def _refuse_compiled(model: nn.Module) -> None:
             "a plain module, or stage 1 or 2, or shared parameters",
             "Its parameters come and go while it runs, which a compiled graph does not know.",
         )  # fmt: skip
-
-
-def _refuse_slices(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    for name, parameter in named:
-        if slices.is_slice(parameter):
-            raise ArgumentError(
-                "zero()", "model",
-                f"one whose '{name}' is cut up by tensor parallelism, for stage 3 without shared "
-                "parameters", "stage 1 or 2, or shared parameters",
-                "A slice's memory cannot come and go beneath torch's DTensor.",
-            )  # fmt: skip
 
 
 def _refuse_for_replicas(*given: Any) -> None:
