@@ -90,7 +90,7 @@ class DistributedDataParallel(DistributedModule):
 
     def _watch_parameters(self) -> None:
         """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
-        if self.world.size == 1 and self._stated is None:
+        if self.world.size == 1 and self._stated is None and not self.tied.names:
             return
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
         if self._hooks is None or are_trainable != self._were_trainable:

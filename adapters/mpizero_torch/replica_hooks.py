@@ -36,6 +36,9 @@ class ReplicaHooks(BackwardHooks):
     def bucket_bytes(self) -> int:
         return sum(int(bucket.flat.nbytes) for bucket in self._reducer.pieces)
 
+    def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        return slices.local_gradient(parameter)
+
     def _any_kept(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
 

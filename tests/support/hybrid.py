@@ -48,10 +48,11 @@ class Net(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
+        if not x.is_floating_point():
+            x = self.embed(x)
         for block in self.blocks.values():
             x = block(x)
-        return self.head(self.norm(x))
+        return x if self.head is None else self.head(self.norm(x))
 
 
 def build(dtype: torch.dtype = torch.float64, layers: int = 2) -> Net:
@@ -75,6 +76,20 @@ def cut(model: Net, mesh: mz.Mesh) -> Net:
             "feed_forward.2": RowwiseParallel(),
         }
         parallelize_module(block, mesh.device_mesh["tp"], plan)
+    return model
+
+
+def stage_of(model: Net, stage: int, stages: int) -> Net:
+    """Of the model the layers of one stage, under their names."""
+    layers = list(model.blocks)
+    for at, name in enumerate(layers):
+        if at * stages // len(layers) != stage:
+            del model.blocks[name]
+    is_last = stage == stages - 1
+    if stage > 0 and not is_last:
+        model.embed = None
+    if not is_last:
+        model.norm = model.head = None
     return model
 
 

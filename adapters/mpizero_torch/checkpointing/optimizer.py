@@ -84,20 +84,26 @@ def load_optimizer(
         return checkpoint.read(PART, name)
 
     number = {name: at for at, name in enumerate(name for group in own for name in group)}
+    parameters = _parameters(optimizer, model, own)
+    specs = checkpoint.specs(PART)
     state: dict[int, dict[str, Any]] = {}
     for name, others in saved["others"].items():
         if name not in number:
             continue  # another stage's
+        others = {
+            key: value
+            for key, value in others.items()
+            if not _is_cut(specs.get(f"{name}/{key}"), parameters[name])  # read below, in part
+        }
         decoded = tree.decode(others, array, tensors.as_tensor)
         state.setdefault(number[name], {}).update(decoded)
     sharded = isinstance(optimizer, ShardedOptimizer)
-    parameters = _parameters(optimizer, model, own)
-    for stored, spec in checkpoint.specs(PART).items():
+    for stored, spec in specs.items():
         name, _, key = stored.rpartition("/")
         if name not in number or key in state.get(number[name], ()):
             continue  # a value of a group, or one of ``others``
         parameter, box = parameters[name], Box.of_all(spec.shape)
-        is_slice = slices.is_slice(parameter) and spec.shape == tuple(parameter.shape)
+        is_slice = _is_cut(spec, parameter)
         if is_slice:
             box = slices.box(parameter)
         if sharded:
@@ -126,6 +132,13 @@ def _parameters(
         for own, group in zip(names, groups, strict=True)
         for name, parameter in zip(own, group, strict=True)
     }
+
+
+def _is_cut(spec: TensorSpec | None, parameter: torch.Tensor) -> bool:
+    """Is it stored for each element of a parameter that this rank has as a slice?"""
+    if spec is None or not slices.is_slice(parameter):
+        return False
+    return bool(spec.shape) and spec.shape == tuple(parameter.shape)
 
 
 def _of_all_stages(everyones: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

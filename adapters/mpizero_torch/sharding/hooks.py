@@ -12,7 +12,7 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder
 from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
-from mpizero_torch.sharding.stand_in import ShardedGradient, values_of
+from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 from mpizero_torch.sharding.units import UnitSchedule
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
@@ -99,6 +99,23 @@ class ShardHooks(BackwardHooks):
             self._clear_stand_ins()
         super()._begin()
 
+    def _average(self) -> None:
+        super()._average()
+        for index, held in self._held.items():
+            self._all[index].grad = HeldGradient.of(self._all[index], held)
+
+    def average_kept(self) -> None:
+        self._before_pass()
+        self._came.clear()
+        self._clear_stand_ins()
+        super().average_kept()
+
+    def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        for index, held in self._held.items():
+            if self._all[index] is parameter:
+                return held
+        return None if values_of(parameter) is None else slices.local_gradient(parameter)
+
     def shadow(self) -> bool:
         self._forget_all()  # what the last step of this rank's own has left
         self._before_pass()
@@ -157,7 +174,7 @@ class ShardHooks(BackwardHooks):
     def _clear_stand_ins(self) -> None:
         """Autograd is about to add gradients to what is there."""
         for parameter in self._all:
-            if type(parameter.grad) is ShardedGradient:
+            if isinstance(parameter.grad, ShardedGradient):
                 parameter.grad = None
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:

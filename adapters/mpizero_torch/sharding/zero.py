@@ -113,6 +113,13 @@ def zero(
     )
     if sharding.how == SHARDED:
         _refuse_compiled(model)
+        if world.mesh is not None and world.mesh.pp.size > 1:
+            raise ArgumentError(
+                "zero()", "stage", "3 without shared parameters, for a stage of a pipeline",
+                "stage 1 or 2, or shared parameters",
+                "Its parameters would be gathered anew for each micro-batch, both ways, and "
+                "torch's schedules differentiate a stage in ways that do not tell when.",
+            )  # fmt: skip
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)
     module = ShardedModule(
