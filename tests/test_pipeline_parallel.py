@@ -18,8 +18,8 @@ MICRO_BATCHES, LAYERS = 2, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with hybrid.process_group(tmp_path_factory.mktemp("group")):
+def process_group() -> Iterator[None]:
+    with hybrid.process_group():
         yield
 
 

@@ -26,8 +26,8 @@ WAYS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with hybrid.process_group(tmp_path_factory.mktemp("group")):
+def process_group() -> Iterator[None]:
+    with hybrid.process_group():
         yield
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,16 +103,13 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def process_group(path: Path) -> Iterator[None]:
-    """torch.distributed over all ranks, and its end."""
-    world = mz.init()
-    where = world.broadcast_object(str(path / "store"))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{where}", rank=world.rank, world_size=world.size
-    )
+def process_group() -> Iterator[None]:
+    """torch.distributed over all ranks, through MPI, and its end."""
+    import mpizero_torch.distributed  # noqa: F401  registers the backend
+
+    dist.init_process_group("mpizero")
     try:
         yield
     finally:
-        world.barrier()
+        mz.init().barrier()
         dist.destroy_process_group()
-        world.barrier()

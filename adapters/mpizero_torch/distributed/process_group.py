@@ -43,6 +43,12 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         self._view = BackendView(self)
         self._is_shut_down = False
         self._set_group_name(name)
+        self._name = name
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        """The name that torch has given the group."""
+        return self._name
 
     def getBackendName(self) -> str:  # noqa: N802 (torch's name)
         """The name that it is registered under."""
