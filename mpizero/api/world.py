@@ -30,6 +30,8 @@ from mpizero.world.survival import lifeline, track
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpizero.api.mesh import Mesh
+
 
 class World(RootedCalls, UnevenCalls, MessageCalls):
     """Ranks that work together: where they are, and collective operations on their arrays.
@@ -71,6 +73,7 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             in_order,
         )
         self.closed = False
+        self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
         self._parts: dict[str, World] = {}
         self._node: World | None = None
