@@ -134,7 +134,7 @@ class World(Group):
                 try:
                     plans.carry_out(plan, x)
                 finally:
-                    lane.end(at)
+                    lane.end(at, plans.last_algorithm)
                 return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
@@ -154,6 +154,7 @@ class World(Group):
             def work(run: Dispatch, parts: Parts) -> Any:
                 if plans is not None and plan is not None:
                     plans.carry_out(plan, target.flat)
+                    run.last_algorithm = plans.last_algorithm
                 else:
                     run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
@@ -335,15 +336,17 @@ class World(Group):
         stream: int | None = None,
         *,
         sure: bool = True,
+        nbytes: int = 0,
     ) -> Handle:
         """Queue ``work`` behind the asynchronous operations: for the engine.
 
         The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
         it submits; ``what`` it is then gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
-        ``stream`` that fills them, or CuPy's current one.
+        ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
+        that is not their size; for timelines and reports.
         """
-        call = Call(what, work, arrays, stream)
+        call = Call(what, work, arrays, stream, nbytes=nbytes)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 
