@@ -46,7 +46,7 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         self._name = name
 
     @property
-    def group_name(self) -> str:  # type: ignore[override]
+    def group_name(self) -> str:
         """The name that torch has given the group."""
         return self._name
 
