@@ -19,7 +19,7 @@ def broadcast_tensors(tensors: Sequence[torch.Tensor], world: World, root: int) 
     """Give every rank the root's values, in place. Collective."""
     if world.size == 1:
         return
-    for pack in _packs(slices.local(tensor) for tensor in tensors):
+    for pack in packs(slices.local(tensor) for tensor in tensors):
         if len(pack) == 1:
             world.broadcast(pack[0].detach(), root)
             continue
@@ -39,7 +39,7 @@ def start_alike(tensors: Sequence[torch.Tensor], world: World) -> None:
     broadcast_tensors(tensors, world, root=0)
 
 
-def _packs(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def packs(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Tensors of one dtype and device, packed in order up to the size that one message takes."""
     packs: list[list[torch.Tensor]] = []
     open_packs: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], int]] = {}

@@ -249,6 +249,11 @@ class ShardedModule(DistributedModule):
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
         if are_trainable != self._were_trainable:
             self._were_trainable = are_trainable
+            kinds = zip(self._named, are_trainable, strict=True)
+            self.world.agree(
+                [f"{key}: {'trained' if trained else 'frozen'}" for (key, _), trained in kinds],
+                "the parameters that are trained",
+            )
             self.sharder.set_trained(are_trainable)
             self._announcing = ()
         announcing = self._hooks.announced
