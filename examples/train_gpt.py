@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
         ("--width", 128, "size of a token's vector"),
         ("--context", 128, "bytes that the model sees"),
         ("--batch-size", 8, "windows per replica and step"),
+        ("--sample", 300, "bytes to write in the end, after 'def '"),
         ("--tp", 1, "ranks that hold slices of each layer"),
         ("--pp", 1, "stages of layers"),
         ("--sp", 1, "ranks that share out each window"),
@@ -221,7 +222,7 @@ def main() -> None:
         train(model, gpt, optimizer, training, options, mesh, report)
     loss = evaluate(model, gpt, held_out, options.batch_size, mesh)
     memory = mz.memory_report(model, optimizer)
-    sample = generate(model, gpt, b"def ", 300, options.seed, mesh)
+    sample = generate(model, gpt, b"def ", options.sample, options.seed, mesh)
     verdict = "reached" if loss < TARGET else "not reached"
     report.say(f"\n{sample}\n\n{memory}\n")
     report.say(

@@ -15,7 +15,7 @@ from support.launch import ROOT, mpirun
 pytestmark = pytest.mark.once
 
 TINY_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--context", "32"]
-TINY_GPT += ["--text", str(ROOT / "mpizero/api/world.py")]
+TINY_GPT += ["--sample", "20", "--text", str(ROOT / "mpizero/api/world.py")]
 
 # (program, options, the option for the batch size of a rank, one process's batch size)
 EXAMPLES = {
@@ -82,6 +82,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.timeout(300)
 def test_meshes_train_what_one_process_does_and_take_over_from_each_other(tmp_path: Path) -> None:
     alone = {step["step"]: step["loss"] for step in run("gpt", 1, tmp_path)[0]["steps"]}
     folder, file = tmp_path / "run", tmp_path / "mesh.json"
@@ -91,7 +92,7 @@ def test_meshes_train_what_one_process_does_and_take_over_from_each_other(tmp_pa
     for options, ranks, replicas in MESHES:
         size = ["--batch-size", str(8 // replicas)]
         program = [str(ROOT / "examples/train_gpt.py"), *TINY_GPT, *options, *size]
-        result = mpirun(ranks, [*program, *common, *kept], timeout=100)
+        result = mpirun(ranks, [*program, *common, *kept], timeout=110)
         assert result.returncode == 0, result.stderr
         found = json.loads(file.read_text())["steps"]
         assert [step["step"] for step in found] == list(range(first, STEPS))
