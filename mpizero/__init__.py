@@ -29,7 +29,7 @@ Importing this package does not start MPI; ``init()`` does.
 from __future__ import annotations
 
 from mpizero import optim
-from mpizero.api import World, init
+from mpizero.api import Mesh, World, init, mesh
 from mpizero.errors import (
     ArgumentError,
     CheckpointError,
@@ -49,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "Handle",
     "LaunchError",
+    "Mesh",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
@@ -56,5 +57,6 @@ __all__ = [
     "ShardedState",
     "World",
     "init",
+    "mesh",
     "optim",
 ]

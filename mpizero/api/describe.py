@@ -27,6 +27,13 @@ def describe(function: str, array: OpenArray, *options: object) -> str:
     return _sentence(function, array.dtype, array.shape, place, options)
 
 
+def describe_rows(function: str, array: OpenArray) -> str:
+    """``describe`` for what has another number of rows on each rank."""
+    place = "" if isinstance(array.array, np.ndarray) else " on a GPU"
+    rest = "".join(f", {extent}" for extent in array.shape[1:])
+    return f"{function}({array.dtype}, rows of shape (*{rest}){place})"
+
+
 @lru_cache(maxsize=4096)  # names of dtypes are slow to make, and training repeats its calls
 def _sentence(
     function: str, dtype: Any, shape: tuple[int, ...], place: str, options: tuple[object, ...]

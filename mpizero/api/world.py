@@ -10,24 +10,30 @@ import numpy as np
 
 from mpizero.api.call import Call, Caller, ClosedCaller
 from mpizero.api.describe import check_form, describe
+from mpizero.api.messages import MessageCalls
+from mpizero.api.rooted import RootedCalls
+from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
+from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
+from mpizero.memory.arrays import overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
-from mpizero.progress import Handle, Worker, overlaps
+from mpizero.progress import Handle, Messages, Worker, overlaps
 from mpizero.reduction import operation
-from mpizero.world import Device, Group
+from mpizero.world import Device
 from mpizero.world.startup import load_mpi
-from mpizero.world.survival import lifeline
+from mpizero.world.survival import lifeline, track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpizero.api.mesh import Mesh
 
-class World(Group):
+
+class World(RootedCalls, UnevenCalls, MessageCalls):
     """Ranks that work together: where they are, and collective operations on their arrays.
 
     Every collective takes numpy arrays, CuPy arrays and anything with the buffer protocol, DLPack
@@ -41,12 +47,20 @@ class World(Group):
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, device: Device, cuda_awareness: CudaAwareness | None = None
+        self,
+        comm: MPI.Intracomm,
+        device: Device,
+        cuda_awareness: CudaAwareness | None = None,
+        *,
+        in_order: bool = False,
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
-        self._lanes = lanes = Lanes.of(self)
-        self._worker = Worker(overlaps(self), device.activate, lanes.waiting)
+        self._lanes = lanes = Lanes.of(self, in_order)
+        threaded = overlaps(self, wanted=in_order)
+        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order)
+        self._in_order = in_order and self.size > 1
+        self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
         self._caller: Any = Caller(
@@ -56,8 +70,10 @@ class World(Group):
             self._node_memory,
             self.tuning,
             lanes,
+            in_order,
         )
         self.closed = False
+        self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
         self._parts: dict[str, World] = {}
         self._node: World | None = None
@@ -93,7 +109,39 @@ class World(Group):
 
         self._caller.perform(prepare, False)
         comm = self.split_comm(color, self.rank if key is None else key)
-        return None if comm is None else World(comm, self.device, self.cuda_awareness)
+        return None if comm is None else self._world_of(comm)
+
+    def subworld(self, ranks: Sequence[int], *, in_order: bool = False) -> World | None:
+        """The World of ``ranks`` of this one, numbered in that order; None for other ranks.
+
+        Collective over ``ranks`` alone (MPI_Comm_create_group, MPI 4.1, section 7.4.2): the others
+        need not call it. Who calls it for several sub-worlds does so in an order that all have in
+        common. ``in_order``: blocking and asynchronous calls have one order, in which a call may be
+        blocking on one rank and asynchronous on another; and the latter get a thread wherever MPI
+        allows it. Raises ArgumentError for ranks that are not of this world or come twice, and
+        MismatchError where they stand in another order on another rank. ``close()`` gives it back.
+        """
+        listed = list(ranks)
+        if not listed or len({*listed}) < len(listed) or not {*listed} <= {*range(self.size)}:
+            allowed = f"different ranks, 0 to {self.size - 1}"
+            raise ArgumentError("subworld()", "ranks", str(listed), allowed)
+        self._caller.open_for("subworld()")
+        if self.rank not in listed:
+            return None
+        what = f"subworld({listed})"
+        with recorded(Lanes.forming(self, listed), what):
+            comm = self.comm_of(sorted(listed))
+            Agreement(comm, None).reach(what)
+            if listed != sorted(listed):
+                whole, comm = comm, track(comm.Split(0, listed.index(self.rank)))
+                whole.Free()
+            return self._world_of(comm, in_order)
+
+    def _world_of(self, comm: MPI.Intracomm, in_order: bool = False) -> World:
+        """A World over a communicator, which it replaces by duplicates of its own."""
+        world = World(comm, self.device, self.cuda_awareness, in_order=in_order)
+        comm.Free()
+        return world
 
     def part(self, name: str, color: int) -> World:
         """The sub-world of the ranks that give the same ``color``: one and the same for a name.
@@ -121,21 +169,27 @@ class World(Group):
         In place: ``x`` holds the result and is returned; with ``out`` (same shape and dtype),
         ``x`` stays as it is. A Python or numpy scalar is returned as a new scalar.
 
-        ``op``: "sum", "mean", "max", "min" or "product". float16 and bfloat16 are summed in
-        float32 in a fixed order and rounded once; max and min pass NaN on. "mean" wants floating
-        or complex numbers. Raises ArgumentError and MismatchError.
+        ``op``: "sum", "mean", "max", "min", "product", and of bits "band", "bor", "bxor". float16
+        and bfloat16 are summed in float32 in a fixed order and rounded once; max and min pass NaN
+        on. "mean" wants floating or complex numbers, those of bits integers or booleans. Raises
+        ArgumentError and MismatchError.
         """
-        plans = None if asynchronous else self._plans
-        if plans is not None and type(x) is np.ndarray and out is None:
+        # Where the two kinds of calls have one order, they must go alike.
+        plans = None if asynchronous and not self._in_order else self._plans
+        if plans is not None and not asynchronous and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                lane = self._lanes.blocking
-                at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
-                try:
-                    plans.carry_out(plan, x)
-                finally:
-                    lane.end(at, plans.last_algorithm)
-                return x
+                in_order = self._in_order
+                if not in_order or self._worker.take_turn():
+                    lane = self._lanes.blocking
+                    at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+                    try:
+                        plans.carry_out(plan, x)
+                    finally:
+                        lane.end(at, plans.last_algorithm)
+                        if in_order:
+                            self._worker.give_turn()
+                    return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
 
@@ -206,17 +260,22 @@ class World(Group):
         """Put the ranks' arrays behind one another along the first axis, on every rank.
 
         ``x``: shape (k, ...), any dtype. Returns a new array, or ``out``, of shape
-        (size * k, ...); (size,) for a zero-dimensional ``x``.
+        (size * k, ...); (size,) for a zero-dimensional ``x``. ``x`` may be this rank's own part of
+        ``out``, where its values are to be.
         """
 
         def prepare() -> Call:
             source = self._open(x, "allgather()", "x", writable=False)
             first, *rest = source.shape or (1,)
-            target = self._target("allgather()", source, out, (self.size * first, *rest))
+            shape = (self.size * first, *rest)
+            target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
             def work(run: Dispatch, parts: Parts) -> Any:
-                run.all_gather(source.flat, target.flat, algorithm)
+                block = source.flat
+                if not (target.is_copy or source.is_copy) and overlap(block, target.flat):
+                    block = block.copy()  # MPI reads and writes no memory at a time
+                run.all_gather(block, target.flat, algorithm)
                 return target.commit()
 
             return Call(describe("allgather", source, algorithm), work, (source.array,))
@@ -229,8 +288,7 @@ class World(Group):
         """Give every rank the ``root``'s ``x``, in place (any shape and dtype); returns ``x``."""
 
         def prepare() -> Call:
-            if not 0 <= root < self.size:
-                raise ArgumentError("broadcast()", "root", str(root), f"0 to {self.size - 1}")
+            self._check_rank("broadcast()", "root", root)
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
             self._caller.check_algorithm(algorithm, "broadcast")
 
@@ -265,10 +323,13 @@ class World(Group):
 
         return self._caller.perform(prepare, asynchronous)
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda run, parts: None), False)
+    def barrier(self, *, asynchronous: bool = False) -> Handle | None:
+        """Wait until every rank has come here; ``asynchronous``: with a handle's ``wait``."""
+        # The agreement that precedes every call is a barrier by itself.
+        found: Handle | None = self._caller.perform(
+            lambda: Call("barrier()", lambda run, parts: None), asynchronous
+        )
+        return found
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
@@ -415,30 +476,3 @@ class World(Group):
         # agreement says so.
         result = self.allreduce(np.array(x), op, algorithm=algorithm)[()]
         return result if isinstance(x, np.generic) else result.item()
-
-    def _open(self, x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
-        opened = open_array(x, function, argument, writable=writable)
-        self.device.check(opened.array, function, argument)
-        return opened
-
-    def _part_shape(self, function: str, source: OpenArray) -> tuple[int, ...]:
-        if not source.shape or source.shape[0] % self.size:
-            raise ArgumentError(
-                function,
-                "x",
-                f"an array of shape {source.shape}",
-                f"one whose first axis is a multiple of the {self.size} ranks",
-                "Pad it, or use allreduce().",
-            )
-        return (source.shape[0] // self.size, *source.shape[1:])
-
-    def _target(
-        self, function: str, source: OpenArray, out: Any, shape: tuple[int, ...]
-    ) -> OpenArray:
-        if out is None:
-            out = empty_like(source.array, shape)
-        target = self._open(out, function, "out", writable=True)
-        check_form(function, target, shape, source.dtype)
-        if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
-            raise ArgumentError(function, "out", "memory of x", "memory of its own")
-        return target

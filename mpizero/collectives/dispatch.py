@@ -11,6 +11,7 @@ import numpy as np
 from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.alone import Alone
 from mpizero.collectives.choose import Place, choose
+from mpizero.collectives.direct import Direct
 from mpizero.collectives.halving_doubling import HalvingDoubling
 from mpizero.collectives.hierarchical import Hierarchical, Levels
 from mpizero.collectives.interface import Algorithm
@@ -18,7 +19,7 @@ from mpizero.collectives.native import Native
 from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.ring import Ring
-from mpizero.collectives.transport import MpiTransport
+from mpizero.collectives.transport import MpiTransport, cut_evenly
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import empty_like
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _ALONE = Alone()
+
+# Up to this size it takes less to reduce for all than to collect what each has reduced.
+_SMALL_BYTES = 64 << 10
 
 _ON_ONE_NODE: tuple[type[Algorithm], ...] = (Native, Ring, HalvingDoubling, NodeShared)
 
@@ -74,6 +78,7 @@ class Dispatch:
             # Made now, not when first asked for: making them is collective, asking is not.
             self._make_algorithms(node_memory, Board.open(node_memory, crowded))
         self._agreement = Agreement(comm, self.board)
+        self._direct = Direct(MpiTransport(comm, device))
         self.plans: Plans | None = None
         if self.board is not None and self._node_shared is not None:
             self.plans = Plans(self.board, self._agreement, node_memory, self._node_shared)
@@ -169,6 +174,44 @@ class Dispatch:
             self._stage(rows, result, lambda x, y: self.all_to_all(x, y, algorithm))
         else:
             self._choose(algorithm, "all_to_all", array, None).all_to_all(array, out)
+
+    def reduce(self, array: Any, root: int, op: Operation, parts: Parts = None) -> None:
+        """Combine ``array`` over all ranks into the root's; the others' stay as they are."""
+        is_root = self._rank == root
+        if array.nbytes <= _SMALL_BYTES or self._size == 1:
+            self.all_reduce(array if is_root else array.copy(), op)
+            return
+        blocks = cut_evenly(array.size, self._size)
+        mine = blocks[self._rank]
+        own = empty_like(array, (mine.stop - mine.start,))
+
+        def finish(rows: list[Any]) -> None:
+            total = op.accumulator(rows[0])
+            if len(rows) > 1:
+                op.accumulate(rows, total)
+            op.finish_into(total, own)
+
+        self.combine_block(array, blocks, op, parts, finish)
+        self._gather(own, array if is_root else None, blocks, root)
+
+    def gather(self, block: Any, out: Any, root: int) -> None:
+        """Put every rank's ``block`` (k) into the root's ``out`` (size * k)."""
+        self._gather(block, out, cut_evenly(block.size * self._size, self._size), root)
+
+    def scatter(self, array: Any, out: Any, root: int) -> None:
+        """Give rank r block r of the root's ``array`` (size * k) in ``out`` (k)."""
+        blocks = cut_evenly(out.size * self._size, self._size)
+        host = self._host(out)
+        self._direct.scatter(array if array is None else self._host(array), host, blocks, root)
+        self._put(host, out)
+
+    def all_to_all_blocks(
+        self, array: Any, blocks: Sequence[slice], out: Any, places: Sequence[slice]
+    ) -> None:
+        """Send ``array[blocks[r]]`` to rank r; ``out[places[s]]`` comes from rank s."""
+        host = self._host(out)
+        self._direct.exchange_all(self._host(array), blocks, host, places)
+        self._put(host, out)
 
     def combine_block(
         self, array: Any, blocks: Sequence[slice], op: Operation, parts: Parts, use: Use
@@ -271,6 +314,20 @@ class Dispatch:
             return self._node_shared
         self.last_algorithm = Ring.name
         return self._algorithms[Ring.name]
+
+    def _gather(self, block: Any, out: Any, blocks: Sequence[slice], root: int) -> None:
+        host = out if out is None else self._host(out)
+        self._direct.gather(self._host(block), host, blocks, root)
+        if out is not None:
+            self._put(host, out)
+
+    def _host(self, array: Any) -> Any:
+        """What MPI can take of ``array``: itself, or a copy of device memory on the host."""
+        return array.get() if self._must_stage(array) else array
+
+    def _put(self, host: Any, array: Any) -> None:
+        if host is not array:
+            array.set(host)
 
     def _must_stage(self, array: Any) -> bool:
         return self._size > 1 and not self._cuda_aware and self._device.is_device_array(array)

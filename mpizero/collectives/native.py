@@ -24,6 +24,11 @@ from mpizero.world.startup import load_mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# What MPI calls the operations (MPI 4.1, section 6.9.2).
+_NAMES = {"sum": "SUM", "mean": "SUM", "product": "PROD", "max": "MAX", "min": "MIN"}
+_NAMES |= {"band": "BAND", "bor": "BOR", "bxor": "BXOR"}
+_BOOLEAN = {"max": "LOR", "min": "LAND", "band": "LAND", "bor": "LOR", "bxor": "LXOR"}
+
 
 class Native(Algorithm):
     name = "native"
@@ -102,12 +107,11 @@ class Native(Algorithm):
 
     def _mpi_op(self, op: Operation, dtype: Any) -> tuple[MPI.Op, bool]:
         """MPI's operation for ``op``, and whether it is ours to free."""
-        names = {"sum": "SUM", "mean": "SUM", "product": "PROD", "max": "MAX", "min": "MIN"}
-        if op.name in ("max", "min"):
-            if kind_of(dtype) == "float":  # "auto" sends device memory elsewhere: see choose.py
-                return self._nan_keeping(op, dtype), True
-            if kind_of(dtype) == "bool":
-                return getattr(self._mpi, {"max": "LOR", "min": "LAND"}[op.name]), False
+        kind = kind_of(dtype)
+        if op.name in ("max", "min") and kind == "float":
+            # "auto" sends device memory elsewhere: see choose.py
+            return self._nan_keeping(op, dtype), True
+        names = _BOOLEAN if kind == "bool" else _NAMES
         return getattr(self._mpi, names[op.name]), False
 
     def _nan_keeping(self, op: Operation, dtype: Any) -> MPI.Op:

@@ -172,17 +172,33 @@ class Lane:
         self._put, self._known = recorder.texts.put, recorder.texts.known
         self._memory, self._words = recorder._memory, recorder._words
         self._next = recorder._next
-        self._sequence = 0
+        self.sequence = 0  # of the last call
 
     def begin(self, what: str, nbytes: int = 0, line: int = 0) -> int:
         """A call begins; returns where it is written down."""
-        self._sequence = sequence = self._sequence + 1
+        self.sequence = sequence = self.sequence + 1
         number = self._next()
         at = RING_START + number % RING * 64
         both = (nbytes & 0x7FFFFFFFFF) << 24 | (sequence & 0xFFFFFF)
         text = self._known.get(what) or self._put(what)
         _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both)
         return at >> 3
+
+    def begin_behind(self, other: Lane, what: str, nbytes: int = 0, line: int = 0) -> int:
+        """``begin``, where the calls of this lane and of ``other`` have one order and are counted
+        together. The two belong to one thread at a time."""
+        self.sequence = other.sequence
+        at = self.begin(what, nbytes, line)
+        other.sequence = self.sequence
+        return at
+
+    def again(self, sequence: int, what: str, line: int = 0) -> int:
+        """Go on with an earlier call of the lane, which had been ended: wait for it now."""
+        newest, self.sequence = self.sequence, sequence - 1
+        try:
+            return self.begin(what, 0, line)
+        finally:
+            self.sequence = newest
 
     def agreed(self, at: int) -> None:
         """All ranks have come to the call that ``begin`` gave this place: data moves."""

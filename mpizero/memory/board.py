@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpizero.memory.node_shared import PAGE, NodeMemory, Shared
+from mpizero.world import in_flight
 from mpizero.world.survival import watch
 
 # What a rank can show with a note. Large enough to make an exchange cheap beside it, small enough
@@ -40,7 +41,8 @@ _EAGER_LOOKS, _YIELDING_LOOKS, _NAP_SECONDS = 2_000, 20_000, 100e-6
 # after other work, 64 B to 4 KB: 80 to 120 us a call, without this 140 to 280.)
 _LOOKS_BEFORE_SLEEP = 20
 
-# In a job that survives deaths: every so many looks ask MPI whether anybody has died.
+# Every so many looks let MPI move messages, and in a job that survives deaths ask whether anybody
+# has died.
 _LOOKS_BEFORE_CHECK = 50
 
 
@@ -113,8 +115,11 @@ class Board:
         looks = 0
         while note[0] != count:
             looks += 1
-            if self._check is not None and looks % _LOOKS_BEFORE_CHECK == 0:
-                self._check()
+            if looks % _LOOKS_BEFORE_CHECK == 0:
+                if self._check is not None:
+                    self._check()
+                if in_flight.under_way:
+                    in_flight.move()
             if looks > _YIELDING_LOOKS:
                 time.sleep(_NAP_SECONDS)
             elif self._crowded and looks % _LOOKS_BEFORE_SLEEP == 0:

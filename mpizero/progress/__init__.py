@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpizero.progress.handle import Handle
+from mpizero.progress.messages import Message, Messages
 from mpizero.progress.worker import Worker, overlaps
 
-__all__ = ["Handle", "Worker", "overlaps"]
+__all__ = ["Handle", "Message", "Messages", "Worker", "overlaps"]

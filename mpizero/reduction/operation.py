@@ -124,6 +124,9 @@ _FUNCTIONS = {
     "product": np.multiply,
     "max": np.maximum,
     "min": np.minimum,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
 }
 
 _ALLOWED_KINDS = {
@@ -132,6 +135,9 @@ _ALLOWED_KINDS = {
     "product": ("float", "integer", "complex"),
     "max": ("float", "integer", "bool"),
     "min": ("float", "integer", "bool"),
+    "band": ("integer", "bool"),
+    "bor": ("integer", "bool"),
+    "bxor": ("integer", "bool"),
 }
 
 

@@ -7,6 +7,7 @@ made, so that reading a property on one rank only can never hang.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpizero.errors import ArgumentError
@@ -29,6 +30,7 @@ class Group:
         self.comm = track(comm.Dup())  # blocking collectives
         # Asynchronous ones: an order of their own, agreed by all.
         self.background = track(comm.Dup())
+        self.messages = track(comm.Dup())  # between two ranks, in no order
         self.device = device
         self.rank: int = comm.rank
         self.size: int = comm.size
@@ -76,6 +78,16 @@ class Group:
         part: Any = self.comm.Split(mpi.UNDEFINED if color is None else color, key)
         return None if part == mpi.COMM_NULL else track(part)
 
+    def comm_of(self, ranks: Sequence[int]) -> Any:
+        """A communicator of some ranks, this one among them. Collective over those alone."""
+        ours = self.comm.Get_group()
+        some = ours.Incl(list(ranks))
+        try:
+            return track(self.comm.Create_group(some))
+        finally:
+            some.Free()
+            ours.Free()
+
     def holds(self, other: Group) -> bool:
         """True if every rank of ``other`` is one of this group's."""
         mpi = load_mpi()
@@ -87,7 +99,7 @@ class Group:
 
     def free(self) -> None:
         """Give the communicators back. Collective."""
-        for comm in (self.node_comm, self.background, self.comm):
+        for comm in (self.node_comm, self.messages, self.background, self.comm):
             comm.Free()
 
     def __repr__(self) -> str:

@@ -113,6 +113,7 @@ def launch_environment(changes: Mapping[str, str | None] | None = None) -> dict[
     }
     environment.pop("MPI4PY_RC_INITIALIZE", None)  # mpizero.init() sets it for its children
     environment.pop("PYTHONUNBUFFERED", None)  # with it, lines of several ranks mix when printed
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each rank compiles the package anew
     environment.update(_OPENMPI_ENVIRONMENT)
     environment["OMP_NUM_THREADS"] = "1"
     # The checkout comes first, installed or not.

@@ -1,0 +1,56 @@
+"""What the calls of a ``World`` have in common: arrays opened and checked, room for results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpizero.api.describe import check_form
+from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap, same_place
+from mpizero.world import Group
+
+
+class Calls(Group):
+    """A group whose ranks make calls together. ``World`` is put together from kinds of them."""
+
+    _caller: Any
+
+    def _open(self, x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
+        opened = open_array(x, function, argument, writable=writable)
+        self.device.check(opened.array, function, argument)
+        return opened
+
+    def _check_rank(self, function: str, argument: str, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ArgumentError(function, argument, str(rank), f"0 to {self.size - 1}")
+
+    def _part_shape(self, function: str, source: OpenArray) -> tuple[int, ...]:
+        if not source.shape or source.shape[0] % self.size:
+            raise ArgumentError(
+                function,
+                "x",
+                f"an array of shape {source.shape}",
+                f"one whose first axis is a multiple of the {self.size} ranks",
+                "Pad it, or use allreduce().",
+            )
+        return (source.shape[0] // self.size, *source.shape[1:])
+
+    def _target(
+        self,
+        function: str,
+        source: OpenArray,
+        out: Any,
+        shape: tuple[int, ...],
+        own_part: bool = False,
+    ) -> OpenArray:
+        """``out``, or a new array. ``own_part``: the source may be this rank's part of it."""
+        if out is None:
+            out = empty_like(source.array, shape)
+        target = self._open(out, function, "out", writable=True)
+        check_form(function, target, shape, source.dtype)
+        if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
+            own = slice(self.rank * source.flat.size, (self.rank + 1) * source.flat.size)
+            if own_part and same_place(source.flat, target.flat[own]):
+                return target
+            raise ArgumentError(function, "out", "memory of x", "memory of its own")
+        return target
