@@ -137,6 +137,7 @@ STANDSTILLS = [
     ),
     Fault("endless C call that holds Python's lock", "C", says=missing(2)),
     Fault("sleep", "sleep", says=missing(2)),
+    Fault("sleep, and the launcher is stopped", "sleep under a stopped launcher", short=True),
     Fault("waits for a lock that nobody opens", "lock", says=(*missing(2), "in wait_for_a_lock")),
     Fault("reads what never comes", "pipe", who=(0,), says=missing(0)),
     Fault("late by 5 s", "slow", promise=GOES_ON, env={"MPIZERO_TIMEOUT": "60"}),
