@@ -310,3 +310,26 @@ def test_messages_do_not_meet_those_of_other_worlds() -> None:
         assert part.recv(got, None, None) == 0 and got[0] == 1.0
     part.close()
     assert MPI.COMM_WORLD.allreduce(1) == world.size
+
+
+@several_ranks
+@pytest.mark.parametrize("count", [1, 5000, 200_000])
+def test_in_order_a_call_may_block_on_one_rank_and_not_on_another(count: int) -> None:
+    world = mpizero.init()
+    part = world.subworld(range(world.size), in_order=True)
+    assert part is not None and part.overlaps
+    for step in range(12):
+        arrays = [np.full(count, float(world.rank + at)) for at in range(3)]
+        handles = []
+        for at, array in enumerate(arrays):
+            if (world.rank + step + at) % 3 == 0:
+                part.allreduce(array)
+            else:
+                handles.append(part.allreduce(array, asynchronous=True))
+        part.barrier()
+        for handle in handles:
+            handle.wait()
+        total = sum(range(world.size))
+        for at, array in enumerate(arrays):
+            assert (array == total + at * world.size).all()
+    part.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
@@ -18,6 +18,9 @@ from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
 from mpizero.world import Group
 from mpizero.world.survival import lifeline, translated
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Call:
     work: Callable[[Dispatch, Parts], Any]
     arrays: Sequence[Any] = ()
     stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
+    nbytes: int = 0  # how much that is, if not the arrays' size
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
     # Puts the first array's values there. To agree is to be ready: others may read them after that.
@@ -42,7 +46,8 @@ class Caller:
     """Carries calls out for a group: blocking ones at once, asynchronous ones through a worker.
 
     The two kinds use communicators of their own, so that their orders are independent: a blocking
-    call may overtake an asynchronous one on one rank and not on another.
+    call may overtake an asynchronous one on one rank and not on another. ``in_order``: they have
+    one communicator and one order, and a call may be blocking on one rank and not on another.
     """
 
     def __init__(
@@ -53,14 +58,18 @@ class Caller:
         node_memory: NodeMemory,
         tuning: Tuning,
         lanes: Lanes,
+        in_order: bool = False,
     ) -> None:
         self._alone = group.size == 1
         self._lanes = lanes
-        crowded = group.cores_per_rank < 1
-        self._blocking, self._background = (
-            Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
-            for comm in (group.comm, group.background)
-        )
+        self._in_order = in_order
+
+        def dispatch(comm: MPI.Intracomm) -> Dispatch:
+            crowded = group.cores_per_rank < 1
+            return Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
+
+        self._blocking = dispatch(group.comm)
+        self._background = self._blocking if in_order else dispatch(group.background)
         self._worker = worker
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
@@ -86,11 +95,16 @@ class Caller:
         def work() -> Any:
             if self._alone:
                 return carry_out(None)
-            at = lane.begin(call.description, sum(each.nbytes for each in call.arrays), line)
+            nbytes = call.nbytes or sum(each.nbytes for each in call.arrays)
+            if asynchronous and self._in_order:
+                at = lane.begin_behind(self._lanes.blocking, call.description, nbytes, line)
+            else:
+                at = lane.begin(call.description, nbytes, line)
+            run.last_algorithm = ""
             try:
                 return carry_out(at)
             finally:
-                lane.end(at)
+                lane.end(at, run.last_algorithm)
 
         def carry_out(at: int | None) -> Any:
             if call.fill is not None:
@@ -105,6 +119,8 @@ class Caller:
         if lifeline() is not None:
             work = _surviving(work)
         if not asynchronous:
+            if self._in_order and not self._alone:
+                return self._worker.run_in_order(work, call.description)
             return work()
         return finished(work()) if self._alone else self._worker.submit(work, call.description)
 
@@ -114,7 +130,8 @@ class Caller:
     def close(self) -> None:
         """Give back what the algorithms have of their own. Collective."""
         self._blocking.close()
-        self._background.close()
+        if self._background is not self._blocking:
+            self._background.close()
 
     @property
     def plans(self) -> Plans | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpizero.api.describe import check_form
 from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap
+from mpizero.memory.arrays import OpenArray, empty_like, open_array, overlap, same_place
 from mpizero.world import Group
 
 
@@ -36,12 +36,21 @@ class Calls(Group):
         return (source.shape[0] // self.size, *source.shape[1:])
 
     def _target(
-        self, function: str, source: OpenArray, out: Any, shape: tuple[int, ...]
+        self,
+        function: str,
+        source: OpenArray,
+        out: Any,
+        shape: tuple[int, ...],
+        own_part: bool = False,
     ) -> OpenArray:
+        """``out``, or a new array. ``own_part``: the source may be this rank's part of it."""
         if out is None:
             out = empty_like(source.array, shape)
         target = self._open(out, function, "out", writable=True)
         check_form(function, target, shape, source.dtype)
         if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
+            own = slice(self.rank * source.flat.size, (self.rank + 1) * source.flat.size)
+            if own_part and same_place(source.flat, target.flat[own]):
+                return target
             raise ArgumentError(function, "out", "memory of x", "memory of its own")
         return target

@@ -14,6 +14,11 @@ class MessageCalls(Calls):
 
     _messages: Messages
 
+    @property
+    def largest_tag(self) -> int:
+        """The largest tag of a message that this MPI has."""
+        return self._messages.largest_tag
+
     def send(self, x: Any, to: int, tag: int = 0, *, asynchronous: bool = False) -> Message | None:
         """Send ``x`` (any shape and dtype) to rank ``to``, which calls ``recv`` with this ``tag``.
 

@@ -16,8 +16,11 @@ from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
 from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
+from mpizero.collectives.plans import Plan, Plans
+from mpizero.collectives.transport import cut_evenly
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import overlap
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.progress import Handle, Messages, Worker, overlaps
@@ -28,6 +31,8 @@ from mpizero.world.survival import lifeline, track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from mpizero.api.mesh import Mesh
 
 
 class World(RootedCalls, UnevenCalls, MessageCalls):
@@ -49,12 +54,14 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         device: Device,
         cuda_awareness: CudaAwareness | None = None,
         *,
-        threaded: bool | None = None,
+        in_order: bool = False,
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
-        self._lanes = lanes = Lanes.of(self)
-        self._worker = Worker(overlaps(self, threaded), device.activate, lanes.waiting)
+        self._lanes = lanes = Lanes.of(self, in_order)
+        threaded = overlaps(self, wanted=in_order)
+        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order)
+        self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
@@ -65,8 +72,10 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             self._node_memory,
             self.tuning,
             lanes,
+            in_order,
         )
         self.closed = False
+        self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
         self._parts: dict[str, World] = {}
         self._node: World | None = None
@@ -104,13 +113,14 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         comm = self.split_comm(color, self.rank if key is None else key)
         return None if comm is None else self._world_of(comm)
 
-    def subworld(self, ranks: Sequence[int], *, threaded: bool | None = None) -> World | None:
+    def subworld(self, ranks: Sequence[int], *, in_order: bool = False) -> World | None:
         """The World of ``ranks`` of this one, numbered in that order; None for other ranks.
 
         Collective over ``ranks`` alone (MPI_Comm_create_group, MPI 4.1, section 7.4.2): the others
         need not call it. Who calls it for several sub-worlds does so in an order that all have in
-        common. ``threaded``: whether asynchronous operations get a thread; None: as ``init`` would
-        decide. Raises ArgumentError for ranks that are not of this world or come twice, and
+        common. ``in_order``: blocking and asynchronous calls have one order, in which a call may be
+        blocking on one rank and asynchronous on another; and the latter get a thread wherever MPI
+        allows it. Raises ArgumentError for ranks that are not of this world or come twice, and
         MismatchError where they stand in another order on another rank. ``close()`` gives it back.
         """
         listed = list(ranks)
@@ -127,11 +137,11 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             if listed != sorted(listed):
                 whole, comm = comm, track(comm.Split(0, listed.index(self.rank)))
                 whole.Free()
-            return self._world_of(comm, threaded)
+            return self._world_of(comm, in_order)
 
-    def _world_of(self, comm: MPI.Intracomm, threaded: bool | None = None) -> World:
+    def _world_of(self, comm: MPI.Intracomm, in_order: bool = False) -> World:
         """A World over a communicator, which it replaces by duplicates of its own."""
-        world = World(comm, self.device, self.cuda_awareness, threaded=threaded)
+        world = World(comm, self.device, self.cuda_awareness, in_order=in_order)
         comm.Free()
         return world
 
@@ -166,17 +176,20 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         on. "mean" wants floating or complex numbers, those of bits integers or booleans. Raises
         ArgumentError and MismatchError.
         """
-        plans = None if asynchronous else self._plans
-        if plans is not None and type(x) is np.ndarray and out is None:
+        # Where the two kinds of calls have one order, they must go alike.
+        plans = None if asynchronous and not self._in_order else self._plans
+        if plans is not None and not asynchronous and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                lane = self._lanes.blocking
-                at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
-                try:
-                    plans.carry_out(plan, x)
-                finally:
-                    lane.end(at)
-                return x
+                if not self._in_order:
+                    self._repeat(plans, plan, x)
+                    return x
+                if self._worker.take_turn():
+                    try:
+                        self._repeat(plans, plan, x)
+                    finally:
+                        self._worker.give_turn()
+                    return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
 
@@ -195,6 +208,7 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             def work(run: Dispatch, parts: Parts) -> Any:
                 if plans is not None and plan is not None:
                     plans.carry_out(plan, target.flat)
+                    run.last_algorithm = plans.last_algorithm
                 else:
                     run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
@@ -208,6 +222,15 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             )
 
         return self._caller.perform(prepare, asynchronous)
+
+    def _repeat(self, plans: Plans, plan: Plan, x: Any) -> None:
+        """An all-reduce like one that came before: all has been looked up."""
+        lane = self._lanes.blocking
+        at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+        try:
+            plans.carry_out(plan, x)
+        finally:
+            lane.end(at, plans.last_algorithm)
 
     def reduce_scatter(
         self,
@@ -246,20 +269,29 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         """Put the ranks' arrays behind one another along the first axis, on every rank.
 
         ``x``: shape (k, ...), any dtype. Returns a new array, or ``out``, of shape
-        (size * k, ...); (size,) for a zero-dimensional ``x``.
+        (size * k, ...); (size,) for a zero-dimensional ``x``. ``x`` may be this rank's own part of
+        ``out``, where its values are to be.
         """
 
         def prepare() -> Call:
             source = self._open(x, "allgather()", "x", writable=False)
             first, *rest = source.shape or (1,)
-            target = self._target("allgather()", source, out, (self.size * first, *rest))
+            shape = (self.size * first, *rest)
+            target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
+            in_place = self.size > 1 and overlap(source.flat, target.flat)
+            blocks = cut_evenly(target.flat.size, self.size)
+
             def work(run: Dispatch, parts: Parts) -> Any:
-                run.all_gather(source.flat, target.flat, algorithm)
+                if in_place:
+                    run.gather_blocks(target.flat, blocks, parts)
+                else:
+                    run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(describe("allgather", source, algorithm), work, (source.array,))
+            what = describe("allgather", source, algorithm, *(["in place"] if in_place else []))
+            return Call(what, work, (target.flat if in_place else source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -304,10 +336,13 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
 
         return self._caller.perform(prepare, asynchronous)
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        if self.size > 1:  # the agreement that precedes every call is a barrier by itself
-            self._caller.perform(lambda: Call("barrier()", lambda run, parts: None), False)
+    def barrier(self, *, asynchronous: bool = False) -> Handle | None:
+        """Wait until every rank has come here; ``asynchronous``: with a handle's ``wait``."""
+        # The agreement that precedes every call is a barrier by itself.
+        found: Handle | None = self._caller.perform(
+            lambda: Call("barrier()", lambda run, parts: None), asynchronous
+        )
+        return found
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
@@ -375,15 +410,17 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         stream: int | None = None,
         *,
         sure: bool = True,
+        nbytes: int = 0,
     ) -> Handle:
         """Queue ``work`` behind the asynchronous operations: for the engine.
 
         The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
         it submits; ``what`` it is then gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
-        ``stream`` that fills them, or CuPy's current one.
+        ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
+        that is not their size; for timelines and reports.
         """
-        call = Call(what, work, arrays, stream)
+        call = Call(what, work, arrays, stream, nbytes=nbytes)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from mpizero.diagnostics.recorder import Lane
 from mpizero.diagnostics.start import recorder
-from mpizero.diagnostics.views import ASYNCHRONOUS, BLOCKING, WAITING, as_ranges
+from mpizero.diagnostics.views import (
+    ASYNCHRONOUS,
+    BLOCKING,
+    IN_ORDER,
+    IN_ORDER_BLOCKING,
+    WAITING,
+    as_ranges,
+)
 
 if TYPE_CHECKING:
     from mpizero.world import Group
@@ -27,11 +34,12 @@ class Lanes:
     memory: Lane
 
     @classmethod
-    def of(cls, group: Group) -> Lanes:
+    def of(cls, group: Group, in_order: bool = False) -> Lanes:
         """New ones for a group. The same on all of its ranks."""
         name = as_ranges(group.job_ranks)
+        kinds = (IN_ORDER_BLOCKING, IN_ORDER) if in_order else (BLOCKING, ASYNCHRONOUS)
         blocking, asynchronous, waiting = (
-            recorder().lane(name, kind) for kind in (BLOCKING, ASYNCHRONOUS, WAITING)
+            recorder().lane(name, kind) for kind in (*kinds, WAITING)
         )
         memory = blocking
         if group.node_count > 1:

@@ -13,6 +13,10 @@ LEFT, UNSEEN = "left", "unseen"
 
 BLOCKING, ASYNCHRONOUS, WAITING = "blocking", "asynchronous", "waiting"
 
+# Where blocking and asynchronous calls have one order: the kind of the latter.
+IN_ORDER = "in order"
+IN_ORDER_BLOCKING = f"{IN_ORDER}, {BLOCKING}"
+
 _SHOWN_CALLS = 6
 
 
@@ -47,7 +51,7 @@ class View:
 
     def has_come_to(self, lane: str, sequence: int) -> bool:
         """Has it begun this call, or a later one of the lane?"""
-        return any(call.lane == lane and call.sequence >= sequence for call in self.calls)
+        return any(order(call.lane) == lane and call.sequence >= sequence for call in self.calls)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ def look_at(record: Record, host: str) -> View:
     phase_age = (now - record.phase_since) / 1e9 if record.phase_since else 0.0
     calls = sorted(kept, key=lambda call: call.number)
     return View(record.rank, host, record.pid, state, tuple(calls), record.phase, phase_age)
+
+
+def order(lane: str) -> str:
+    """The name of the order in which a lane's calls are made; several lanes may share it."""
+    return lane.replace(IN_ORDER_BLOCKING, IN_ORDER)
 
 
 def members(lane: str) -> set[int]:
@@ -99,7 +108,7 @@ def stuck_calls(views: Sequence[View]) -> list[Stuck]:
     by_call: dict[tuple[str, int], list[tuple[Made, int]]] = {}
     for view in views:
         for call in view.open_calls:
-            by_call.setdefault((call.lane, call.sequence), []).append((call, view.rank))
+            by_call.setdefault((order(call.lane), call.sequence), []).append((call, view.rank))
     found = []
     seen = {view.rank: view for view in views}
     for (lane, sequence), pairs in by_call.items():

@@ -89,6 +89,13 @@ def overlap(first: Any, second: Any) -> bool:
     return bool(first.size and second.size and first.data.ptr == second.data.ptr)
 
 
+def same_place(first: Any, second: Any) -> bool:
+    """True if two arrays start at one place in memory."""
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return bool(first.ctypes.data == second.ctypes.data)
+    return bool(first.data.ptr == second.data.ptr)
+
+
 def _as_array(x: Any, function: str, argument: str) -> Any:
     if isinstance(x, np.ndarray):
         return x

@@ -149,13 +149,13 @@ class Messages:
         self._group, self._cuda_aware, self._lanes = group, cuda_aware, lanes
         self._comm = group.messages
         self._mpi = load_mpi()
-        self._largest_tag = int(self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB))
+        self.largest_tag = int(self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB))
         self._pairs: dict[tuple[int, int], Lane] = {}
 
     def check_tag(self, function: str, tag: int | None) -> None:
         """Raise ArgumentError for what is no tag of this MPI's."""
-        if tag is not None and not 0 <= tag <= self._largest_tag:
-            raise ArgumentError(function, "tag", str(tag), f"0 to {self._largest_tag}")
+        if tag is not None and not 0 <= tag <= self.largest_tag:
+            raise ArgumentError(function, "tag", str(tag), f"0 to {self.largest_tag}")
 
     def send(self, array: OpenArray, to: int, tag: int, what: str) -> Message:
         """Start to send the array."""

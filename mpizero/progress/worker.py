@@ -22,11 +22,11 @@ from mpizero.progress.handle import Handle
 from mpizero.world.group import Group
 
 
-def overlaps(group: Group, wanted: bool | None = None) -> bool:
+def overlaps(group: Group, wanted: bool = False) -> bool:
     """True if asynchronous operations of ``group`` should run on a thread.
 
-    That needs MPI_THREAD_MULTIPLE, and a core for it beside each rank's compute, unless ``wanted``
-    says otherwise. ``MPIZERO_PROGRESS=thread|inline|auto`` decides over both.
+    That needs MPI_THREAD_MULTIPLE, and a core for it beside each rank's compute, unless it is
+    ``wanted`` anyhow. ``MPIZERO_PROGRESS=thread|inline|auto`` decides otherwise.
     """
     wish = os.environ.get("MPIZERO_PROGRESS", "auto")
     if wish not in ("auto", "thread", "inline"):
@@ -40,16 +40,24 @@ def overlaps(group: Group, wanted: bool | None = None) -> bool:
             "auto or inline",
             f"This MPI grants thread level '{group.thread_level}'; a thread needs 'multiple'.",
         )
-    if wanted is None:
-        wanted = group.cores_per_rank >= 2
+    wanted = wanted or group.cores_per_rank >= 2
     return possible and (wish == "thread" or (wish == "auto" and wanted))
 
 
 class Worker:
     """Carries out operations one after the other, on a thread or when they are waited for."""
 
-    def __init__(self, threaded: bool, on_start: Callable[[], None], waiting: Lane) -> None:
+    def __init__(
+        self,
+        threaded: bool,
+        on_start: Callable[[], None],
+        waiting: Lane,
+        in_order: bool = False,
+    ) -> None:
         self.threaded = threaded
+        self._in_order = in_order
+        self._turn = threading.Lock()  # held by the thread that carries operations out
+        self._unfinished: set[Handle] = set()
         self._on_start = on_start
         self._waiting = waiting
         self._thread: threading.Thread | None = None
@@ -59,6 +67,8 @@ class Worker:
     def submit(self, work: Callable[[], Any], what: str) -> Handle:
         """Queue ``work``, which is described by ``what``, and return its handle."""
         handle = Handle(work, self._advance, self._block, what)
+        if self._in_order:
+            self._unfinished.add(handle)
         if self.threaded:
             self._start()
             self._submitted.put(handle)
@@ -66,10 +76,32 @@ class Worker:
             self._pending.append(handle)
         return handle
 
+    def take_turn(self) -> bool:
+        """For a blocking operation between asynchronous ones: may it be carried out at once?
+
+        If so, on the calling thread, and ``give_turn`` is to follow.
+        """
+        return not self._unfinished and self._turn.acquire(blocking=False)
+
+    def give_turn(self) -> None:
+        self._turn.release()
+
+    def run_in_order(self, work: Callable[[], Any], what: str) -> Any:
+        """Carry a blocking operation out after all that have been submitted; return its result."""
+        if self.take_turn():
+            try:
+                return work()
+            finally:
+                self.give_turn()
+        if threading.current_thread() is self._thread:  # called by what a handle has set off
+            self._catch_up()
+            return work()
+        return self.submit(work, what).wait()
+
     def close(self) -> None:
         """Finish what is queued and end the thread."""
         while self._pending:
-            self._pending.popleft().run()
+            self._run(self._pending.popleft())
         if self._thread is not None:
             self._submitted.put(None)
             self._thread.join()
@@ -98,7 +130,23 @@ class Worker:
     def _serve(self) -> None:
         self._on_start()
         while (handle := self._submitted.get()) is not None:
+            self._run(handle)
+
+    def _run(self, handle: Handle) -> None:
+        if not self._in_order:
             handle.run()
+            return
+        try:
+            with self._turn:
+                handle.run()
+        finally:
+            self._unfinished.discard(handle)
+
+    def _catch_up(self) -> None:
+        with suppress(queue.Empty):
+            while (handle := self._submitted.get_nowait()) is not None:
+                self._run(handle)
+            self._submitted.put(None)  # the end, for ``_serve``
 
     def _block(self, wanted: Handle) -> None:
         """With a thread: wait for it, and let the others know."""
@@ -112,4 +160,4 @@ class Worker:
             return
         with recorded(self._waiting, f"waiting for {wanted.what}"):
             while self._pending and not wanted._finished.is_set():
-                self._pending.popleft().run()
+                self._run(self._pending.popleft())
