@@ -301,11 +301,6 @@ TRAININGS = [
         says=("MismatchError|mpizero: ",),
     ),
     Fault(
-        "evaluates alone, zero3 on two nodes, MPIZERO_DEBUG=1", "evaluate alone", "after", "zero3",
-        (0,), 2, env={"MPIZERO_RANKS_PER_NODE": "1", "MPIZERO_DEBUG": "1"},
-        options={"zero": {"share_parameters": False}}, says=("MismatchError", r"rank 1: "),
-    ),
-    Fault(
         "a parameter frozen on one rank, later", "freeze", "before", "zero2", (-1,), 2,
         says=("MismatchError|mpizero: ",),
     ),
@@ -351,8 +346,8 @@ SURVIVED = [
         only=OPEN_MPI, options={"stage": 1}, says=RAISED,
     ),
     Fault(
-        "elastic asked of an MPI that cannot", "nothing", who=(0,),
-        options={"elastic": True, "moment": "before init"},
+        "elastic asked of an MPI that cannot", "nothing", "before init", who=(0,),
+        options={"elastic": True},
         says=(r"LaunchError: init\(elastic=True\)",),
     ),
 ]
