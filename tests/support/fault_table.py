@@ -78,7 +78,10 @@ ENDINGS = [
         says=("Fatal Python error: Bus error", "in read_beyond_the_end"),
     ),
     Fault("illegal instruction", "SIGILL", says=("Fatal Python error: Illegal instruction",)),
-    Fault("killed by the kernel for want of memory", "all memory", says=KILLED, memory=700 << 20),
+    Fault(
+        "killed by the kernel for want of memory", "all memory", says=KILLED, memory=500 << 20,
+        env={"MPIZERO_TIMEOUT": "60"},
+    ),
     Fault("MemoryError", "more memory than allowed", who=(0,), says=(r"\[rank 0\] .*MemoryError",)),
     Fault("SIGINT to the launcher (Ctrl-C)", "SIGINT to the launcher"),
     Fault("SIGTERM to the launcher", "SIGTERM to the launcher", "inside", call="large"),
