@@ -28,6 +28,7 @@ class ReplicaHooks(BackwardHooks):
         make_reducer: Callable[[Callable[[Sequence[int]], None]], GradientReducer],
     ) -> None:
         self._names = [name for name, _ in named]
+        self._any_cut = any(slices.is_slice(parameter) for _, parameter in named)
         super().__init__(owner, make_reducer(self._fill))
         self.watch(list(enumerate(parameter for _, parameter in named)))
         self._see_views()
@@ -60,9 +61,11 @@ class ReplicaHooks(BackwardHooks):
             if gradient is view or gradient is None:
                 continue
             check_dense(gradient, self._names[index])
-            views.append(slices.local(view))
-            gradients.append(slices.local_gradient(parameter))
-            parameter.grad = view
+            if self._any_cut:
+                view, gradient = slices.local(view), slices.local_gradient(parameter)
+            views.append(view)
+            gradients.append(gradient)
+            parameter.grad = self._views[index]
         if views:
             torch._foreach_copy_(views, gradients)
 

@@ -105,9 +105,12 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def process_group() -> Iterator[None]:
     """torch.distributed over all ranks, through MPI, and its end."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
     import mpizero_torch.distributed  # noqa: F401  registers the backend
 
     dist.init_process_group("mpizero")
+    _clear_sharding_prop_cache()  # it remembers groups of earlier meshes, which are no more
     try:
         yield
     finally:

@@ -47,6 +47,7 @@ class ShardHooks(BackwardHooks):
         self._on_reduced, self._before_pass = on_reduced, before_pass
         self._forget_all = forget_all
         self._schedule = schedule
+        self._any_cut = any(slices.is_slice(p) for p in self._all)
         self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         # Gradients on their way, and the segments that they have yet to be put into.
@@ -184,13 +185,20 @@ class ShardHooks(BackwardHooks):
         """
         if key not in self._targets:
             self._targets[key] = [_target(filling) for filling in fillings]
-        memory, gradients, missing = [], [], []
+        memory: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        missing: list[int] = []
         for at, (index, elements, target) in enumerate(self._targets[key]):
-            gradient = self._all[index].grad
+            parameter = self._all[index]
+            gradient = parameter.grad
             is_simple = elements is None and not self._held and index not in self._leaving
             if is_simple and gradient is not None:
-                gradient = self._take(index)
+                if gradient.is_sparse or gradient.requires_grad:
+                    check_dense(gradient, self._names[index])
+                if self._any_cut:
+                    gradient = slices.local_gradient(parameter)
                 self._came.add(index)
+                parameter.grad = None
             else:
                 gradient = self._leave(index, key[0])
             if gradient is None:
