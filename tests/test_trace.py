@@ -87,6 +87,9 @@ def test_every_collective_has_its_size_and_algorithm(
         world.allgather(rows[0], algorithm="ring")
         world.broadcast(small)
         world.all_to_all(rows)
+        world.gather(rows[0])
+        world.scatter(rows.reshape(-1) if world.rank == 0 else None, out=np.empty(4))
+        world.reduce(large)
         world.allreduce(large, asynchronous=True).wait()
         model(torch.ones(2, 8)).sum().backward()
         optimizer.step()
@@ -95,8 +98,9 @@ def test_every_collective_has_its_size_and_algorithm(
     mine = [e for e in events if e["pid"] == mz.init().rank and "args" in e]
     calls = [e["args"] for e in mine if e["cat"] in ("blocking", "asynchronous")]
     assert all("test_trace.py:" in e["args"]["line"] for e in mine if e["args"]["line"])
+    known = (*able, "direct")
     for call in calls:
-        assert call.get("algorithm") in (able if call["bytes"] else (None, *able)), call
+        assert call.get("algorithm") in (known if call["bytes"] else (None, *known)), call
     for algorithm in able:
         named = [each for each in calls if f"max, {algorithm})" in each["call"]]
         assert len(named) == 6 and {each["algorithm"] for each in named} == {algorithm}

@@ -15,6 +15,8 @@ from mpizero.collectives.transport import Transport
 class Direct:
     """Messages of blocks over ``transport``."""
 
+    name = "direct"
+
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 

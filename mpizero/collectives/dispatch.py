@@ -78,7 +78,7 @@ class Dispatch:
             # Made now, not when first asked for: making them is collective, asking is not.
             self._make_algorithms(node_memory, Board.open(node_memory, crowded))
         self._agreement = Agreement(comm, self.board)
-        self._direct = Direct(MpiTransport(comm, device))
+        self._blockwise = Direct(MpiTransport(comm, device))
         self.plans: Plans | None = None
         if self.board is not None and self._node_shared is not None:
             self.plans = Plans(self.board, self._agreement, node_memory, self._node_shared)
@@ -328,6 +328,11 @@ class Dispatch:
     def _put(self, host: Any, array: Any) -> None:
         if host is not array:
             array.set(host)
+
+    @property
+    def _direct(self) -> Direct:
+        self.last_algorithm = Direct.name
+        return self._blockwise
 
     def _must_stage(self, array: Any) -> bool:
         return self._size > 1 and not self._cuda_aware and self._device.is_device_array(array)
