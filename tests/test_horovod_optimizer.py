@@ -382,6 +382,16 @@ def test_ranks_that_run_out_of_data_join() -> None:
 
 
 @several_ranks
+def test_who_joins_must_have_waited_for_its_gradients() -> None:
+    model = net()
+    optimizer = hvd.DistributedOptimizer(SGD(model.parameters()))
+    loss_of(model, 0).backward()
+    with pytest.raises(mz.MpizeroError, match="has not waited for"):
+        optimizer._gradients.stand_in()  # what join() does for the others' optimizer
+    optimizer.step()
+
+
+@several_ranks
 def test_a_process_set_trains_by_itself() -> None:
     pair = hvd.add_process_set([0, 1])
     model = net().double()
@@ -468,6 +478,10 @@ def test_state_and_schedulers_are_those_of_the_plain_optimizer() -> None:
     assert again.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**4)
     assert len(set(hvd.allgather_object(str(state)))) == 1
     assert type(optimizer).__name__ == "SGD"
+    steps: list[Any] = []
+    again.register_step_post_hook(lambda *_: steps.append(1))
+    again.step()
+    assert steps == [1]
 
 
 @several_ranks

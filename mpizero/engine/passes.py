@@ -178,7 +178,9 @@ class ReducedPasses(ABC):
         self._came = [0] * len(self._specs)
         opening = self._opening = np.array(mine)
         self._opening_handle = self._world.submit(
-            "the opening of a backward pass", lambda run, parts: run.all_reduce(opening, SUM)
+            "the opening of a backward pass",
+            lambda run, parts: run.all_reduce(opening, SUM),
+            nbytes=opening.nbytes,
         )
 
     def _launch_full_ones(self) -> None:

@@ -13,6 +13,7 @@ from mpizero import ArgumentError, World
 from mpizero.world import survival
 from mpizero_torch import runtime
 from mpizero_torch.horovod import process_set as sets
+from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.process_set import ProcessSet, add_process_set, global_process_set
 
 
@@ -83,8 +84,6 @@ def is_homogeneous() -> bool:
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Wait until all ranks have come here."""
-    from mpizero_torch.horovod.negotiation import Handle
-
     negotiation = process_set.negotiation
     name = negotiation.name("barrier", None)
     negotiation.submit(Handle("barrier", name, "nothing", lambda world: None)).wait()

@@ -111,6 +111,11 @@ class Gradients:
 
     def stand_in(self) -> None:
         """Take part in one reduction of the others', with zeros."""
+        if self.under_way:
+            raise MpizeroError(
+                "hvd.join(): this rank has gradients that it has not waited for. Call step() or "
+                "synchronize() after the last backward()."
+            )
         mine = [parameter.grad for _, parameter in self._named]
         for _, parameter in self._named:
             parameter.grad = None
