@@ -17,7 +17,8 @@ from support.launch import ROOT, launch_environment, mpirun_command, started
 # Beside the tests' own limits: for starting Python and torch, on a machine that is busy.
 _START_SECONDS = 240.0
 _POLL_SECONDS = 0.2
-_LINES_OF_STACK = 30
+_LINES_OF_STACK = 40
+_END_OF_OUTPUT = 4000  # characters
 
 Report = Callable[[str, Outcome], None]
 
@@ -37,73 +38,83 @@ class LaunchFailedError(Exception):
 
 
 def run_tests(setting: Setting, tests: Sequence[str], report: Report) -> dict[str, Outcome]:
-    """Run the tests, in order; ``report`` hears of each as its launch has ended."""
+    """Run the tests, in order, each within its time; ``report`` hears of each as it ends."""
     outcomes: dict[str, Outcome] = {}
-    left = list(tests)
-    while left:
-        for name, outcome in _launch(setting, left).items():
-            outcomes[name] = outcome
-            report(name, outcome)
-        left = [name for name in left if name not in outcomes]
+    while left := [name for name in tests if name not in outcomes]:
+        with tempfile.TemporaryDirectory(prefix="mpizero-conformance-") as folder:
+            outcomes |= _Launch(setting, left, Path(folder), report).run()
     return outcomes
 
 
-def _launch(setting: Setting, tests: Sequence[str]) -> dict[str, Outcome]:
-    """One launch: the outcomes of the tests that it came to, at least one."""
-    with tempfile.TemporaryDirectory(prefix="mpizero-conformance-") as name:
-        folder = Path(name)
+class _Launch:
+    """One launch: it comes to at least one test, and ends with the first that fails."""
+
+    def __init__(
+        self, setting: Setting, tests: Sequence[str], folder: Path, report: Report
+    ) -> None:
+        self._setting, self._tests, self._folder, self._report = setting, tests, folder, report
+        self._outcomes: dict[str, Outcome] = {}
+
+    def run(self) -> dict[str, Outcome]:
+        setting, folder = self._setting, self._folder
         job: dict[str, Any] = {"backend": setting.backend, "ranks": setting.ranks}
-        job.update(limit=setting.limit, tests=list(tests))
+        job.update(limit=setting.limit, tests=list(self._tests))
         (folder / "job.json").write_text(json.dumps(job))
-        status = _run_launch(setting, folder)
-        return _collect(setting, folder, tests, status)
+        command = mpirun_command(setting.python, setting.ranks)
+        command += [setting.python, "-m", "conformance.rank", str(folder)]
+        environment = launch_environment()
+        environment["PYTHONPATH"] = f"{ROOT / 'tests'}:{environment['PYTHONPATH']}"
+        with (folder / "output").open("w") as output:
+            streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
+            with started(command, env=environment, **streams) as process:
+                status = self._watch(process)
+        self._take_finished()
+        number = len(self._outcomes)
+        if number < len(self._tests) and list(folder.glob(f"{number}.*.stack")):
+            self._add([self._left_by(rank, status) for rank in range(setting.ranks)])
+        if not self._outcomes:
+            raise LaunchFailedError(f"{status}, before its first test\n{self._output()}")
+        return self._outcomes
 
+    def _watch(self, process: subprocess.Popen[str]) -> str:
+        """Wait for the end of the ranks, and take what they tell; how they ended, in words."""
+        since = time.monotonic()
+        while process.poll() is None:
+            if self._take_finished():
+                since = time.monotonic()
+            elif time.monotonic() - since > _START_SECONDS + self._setting.limit:
+                return "the launch was killed, as nothing came of it any more"
+            time.sleep(_POLL_SECONDS)
+        return f"the launch ended with status {process.returncode}"
 
-def _run_launch(setting: Setting, folder: Path) -> str:
-    """Run a launch to its end; how it ended, in words."""
-    program = [setting.python, "-m", "conformance.rank", str(folder)]
-    command = [*mpirun_command(setting.python, setting.ranks), *program]
-    environment = launch_environment()
-    environment["PYTHONPATH"] = f"{ROOT / 'tests'}:{environment['PYTHONPATH']}"
-    with (folder / "output").open("w") as output:
-        options = {"env": environment, "stdout": output, "stderr": subprocess.STDOUT}
-        with started(command, **options) as process:
-            seen, since = -1, time.monotonic()
-            while process.poll() is None:
-                now, count = time.monotonic(), len(list(folder.glob("*.json")))
-                if count != seen:
-                    seen, since = count, now
-                elif now - since > _START_SECONDS + setting.limit:
-                    return "killed, as nothing came of it any more"
-                time.sleep(_POLL_SECONDS)
-            return f"the launch ended with status {process.returncode}"
+    def _take_finished(self) -> int:
+        """Take the outcomes of the tests that all ranks have told of; how many these are."""
+        before = len(self._outcomes)
+        while (number := len(self._outcomes)) < len(self._tests):
+            places = [self._told(number, rank) for rank in range(self._setting.ranks)]
+            if not all(place.exists() for place in places):
+                break
+            self._add([Outcome(**json.loads(place.read_text())) for place in places])
+        return len(self._outcomes) - before
 
+    def _add(self, of_ranks: Sequence[Outcome]) -> None:
+        name, outcome = self._tests[len(self._outcomes)], together(of_ranks)
+        self._outcomes[name] = outcome
+        self._report(name, outcome)
 
-def _collect(
-    setting: Setting, folder: Path, tests: Sequence[str], status: str
-) -> dict[str, Outcome]:
-    outcomes: dict[str, Outcome] = {}
-    for number, name in enumerate(tests):
-        if not list(folder.glob(f"{number}.*.stack")):
-            break
-        found = [_outcome_of(folder, number, rank, setting, status) for rank in range(setting.ranks)]
-        outcomes[name] = together(found)
-    if not outcomes:
-        said = (folder / "output").read_text(errors="replace")
-        raise LaunchFailedError(f"{status}, before its first test\n{said[-4000:]}")
-    return outcomes
+    def _left_by(self, rank: int, status: str) -> Outcome:
+        """The outcome of a test that the launch did not survive, from what a rank has left."""
+        number, limit = len(self._outcomes), self._setting.limit
+        if (place := self._told(number, rank)).exists():
+            return Outcome(**json.loads(place.read_text()))
+        stack = place.with_suffix(".stack")
+        if stack.exists() and (where := stack.read_text()):
+            short = "\n".join(where.splitlines()[:_LINES_OF_STACK])
+            return Outcome(FAILED, f"not done in {limit:.0f} s", limit, short)
+        return Outcome(FAILED, f"did not end: {status}", 0.0, self._output(), is_guess=True)
 
+    def _told(self, number: int, rank: int) -> Path:
+        return self._folder / f"{number}.{rank}.json"
 
-def _outcome_of(
-    folder: Path, number: int, rank: int, setting: Setting, status: str
-) -> Outcome:
-    place = folder / f"{number}.{rank}.json"
-    if place.exists():
-        return Outcome(**json.loads(place.read_text()))
-    stack = folder / f"{number}.{rank}.stack"
-    where = stack.read_text() if stack.exists() else ""
-    if where:
-        short = "\n".join(where.splitlines()[:_LINES_OF_STACK])
-        return Outcome(FAILED, f"not done in {setting.limit:.0f} s", setting.limit, short)
-    said = (folder / "output").read_text(errors="replace")[-4000:]
-    return Outcome(FAILED, f"did not end: {status}", details=said)
+    def _output(self) -> str:
+        return (self._folder / "output").read_text(errors="replace")[-_END_OF_OUTPUT:]

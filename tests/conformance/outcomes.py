@@ -17,6 +17,7 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     details: str = ""
+    is_guess: bool = False  # made of what is left, not told
 
     def as_json(self) -> dict[str, Any]:
         """What is kept."""
@@ -36,10 +37,11 @@ class Outcome:
 def together(outcomes: Sequence[Outcome]) -> Outcome:
     """The ranks' outcomes as one: one that fails fails all, and all have to skip together."""
     seconds = max(outcome.seconds for outcome in outcomes)
-    for rank, outcome in enumerate(outcomes):
-        if outcome.verdict == FAILED:
-            details = f"rank {rank}: {outcome.details or outcome.reason}"
-            return Outcome(FAILED, f"rank {rank}: {outcome.reason}", seconds, details)
+    failed = [rank for rank, outcome in enumerate(outcomes) if outcome.verdict == FAILED]
+    if failed:
+        rank = min(failed, key=lambda rank: outcomes[rank].is_guess)
+        details = "\n".join(f"rank {r}: {outcomes[r].details}" for r in failed)
+        return Outcome(FAILED, f"rank {rank}: {outcomes[rank].reason}", seconds, details)
     verdicts = {outcome.verdict for outcome in outcomes}
     if len(verdicts) > 1:
         said = ", ".join(f"rank {rank} {o.verdict}" for rank, o in enumerate(outcomes))

@@ -16,7 +16,8 @@ from typing import Any
 # MPI. The tests themselves do with fewer: they are run, with gloo too.
 _RUNS_ON_FEW_RANKS = "mpi"
 
-_ANY_FOLDER = "/"  # what the suite keeps in its temporary folder gets a new one for every test
+# Read when the suite is imported; every test gets files of its own.
+_ANY_FOLDER, _ANY_STORE = "/", "file:///dev/null"
 
 
 class _Name(str):
@@ -37,7 +38,8 @@ class Suite:
     """The tests, for one backend and number of ranks."""
 
     def __init__(self, backend: str, ranks: int) -> None:
-        os.environ.update(BACKEND="gloo", WORLD_SIZE=str(ranks), TEMP_DIR=_ANY_FOLDER)
+        os.environ.update(BACKEND="gloo", WORLD_SIZE=str(ranks))
+        os.environ.update(TEMP_DIR=_ANY_FOLDER, INIT_METHOD=_ANY_STORE)
         suite: Any = importlib.import_module(
             "torch.testing._internal.distributed.distributed_test"
         )
