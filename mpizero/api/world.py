@@ -16,6 +16,7 @@ from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
 from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
+from mpizero.collectives.transport import cut_evenly
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import overlap
@@ -267,14 +268,18 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
+            in_place = self.size > 1 and overlap(source.flat, target.flat)
+            blocks = cut_evenly(target.flat.size, self.size)
+
             def work(run: Dispatch, parts: Parts) -> Any:
-                block = source.flat
-                if not (target.is_copy or source.is_copy) and overlap(block, target.flat):
-                    block = block.copy()  # MPI reads and writes no memory at a time
-                run.all_gather(block, target.flat, algorithm)
+                if in_place:
+                    run.gather_blocks(target.flat, blocks, parts)
+                else:
+                    run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(describe("allgather", source, algorithm), work, (source.array,))
+            what = describe("allgather", source, algorithm, *(["in place"] if in_place else []))
+            return Call(what, work, (target.flat if in_place else source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 

@@ -42,13 +42,31 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         self._store, self._timeout, self._retire = store, timeout, retire
         self._view = BackendView(self)
         self._is_shut_down = False
-        self._set_group_name(name)
+        self._group_name, self._group_desc = name, "undefined"
 
     def getBackendName(self) -> str:  # noqa: N802 (torch's name)
         """The name that it is registered under."""
         return _NAME
 
     name = _get_backend_name = getBackendName
+
+    def getGroupName(self) -> str:  # noqa: N802 (torch's name)
+        """The name that torch has given the group, the same on all of its ranks."""
+        return self._group_name
+
+    # torch keeps names in C++ backends, of which there are none here.
+    group_name = property(getGroupName)
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    @property
+    def group_desc(self) -> str:
+        """What the group is for."""
+        return self._group_desc
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._group_desc = desc
 
     def rank(self) -> int:
         """This process's rank in the group."""

@@ -24,6 +24,7 @@ def all_reduce_sparse(world: World, tensor: torch.Tensor, op: Any) -> Work:
     # Every rank's entries, rank by rank; those in one place are added up in that order.
     places = as_tensor(world.allgather_uneven(array_of(own.indices().t().contiguous())))
     values = as_tensor(world.allgather_uneven(array_of(own.values().contiguous())))
-    total = torch.sparse_coo_tensor(places.t(), values, own.shape).coalesce()
+    total = torch.sparse_coo_tensor(places.t(), values, own.shape, check_invariants=False)
+    total = total.coalesce()
     tensor.detach().copy_(total)
     return DoneWork([total])
