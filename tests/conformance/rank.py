@@ -57,9 +57,7 @@ class Rank:
         start = time.monotonic()
         why = self._suite.why_skipped(name)
         outcome = Outcome(SKIPPED, why) if why is not None else self._run(number, name)
-        return Outcome(
-            outcome.verdict, outcome.reason, time.monotonic() - start, outcome.details
-        )
+        return Outcome(outcome.verdict, outcome.reason, time.monotonic() - start, outcome.details)
 
     def _run(self, number: int, name: str) -> Outcome:
         try:
@@ -95,9 +93,7 @@ class Rank:
             dist.init_process_group(self._backend, timeout=timeout)
             return
         store = self._folder / f"{number}.store"
-        dist.init_process_group(
-            self._backend, f"file://{store}", timeout, self._ranks, self._rank
-        )
+        dist.init_process_group(self._backend, f"file://{store}", timeout, self._ranks, self._rank)
 
     def _tell(self, number: int, outcome: Outcome) -> None:
         place = self._folder / f"{number}.{self._rank}.json"

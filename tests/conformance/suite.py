@@ -40,9 +40,7 @@ class Suite:
     def __init__(self, backend: str, ranks: int) -> None:
         os.environ.update(BACKEND="gloo", WORLD_SIZE=str(ranks))
         os.environ.update(TEMP_DIR=_ANY_FOLDER, INIT_METHOD=_ANY_STORE)
-        suite: Any = importlib.import_module(
-            "torch.testing._internal.distributed.distributed_test"
-        )
+        suite: Any = importlib.import_module("torch.testing._internal.distributed.distributed_test")
         os.environ["BACKEND"] = _RUNS_ON_FEW_RANKS
         suite.BACKEND = _Name(backend)
         for known in (
