@@ -1,8 +1,8 @@
 """torch's suite, ready to be run in processes that exist already, with any backend.
 
 The suite forks its processes and asks the environment which backend it is for. It knows backends
-by their names, and skips whatever it does not know a name to be capable of. So it is read as for
-gloo, which turns on all that runs without a GPU, and given the backend's own name afterwards.
+by their names, and skips whatever it does not know a name to be capable of. A backend that it does
+not know is given every test that gloo or torch's own MPI backend would be given.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import importlib
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from torch.testing._internal.common_distributed import DistTestCases
+from torch.testing._internal.common_utils import set_rng_seed
 
 # Two decorators skip tests of groups on fewer than 8 ranks or an odd number, unless the backend is
 # MPI. The tests themselves do with fewer: they are run, with gloo too.
@@ -21,28 +25,33 @@ _ANY_FOLDER, _ANY_STORE = "/", "file:///dev/null"
 
 
 class _Name(str):
-    """A backend's name that is also taken for gloo's: what gloo does on CPUs is asked of it."""
+    """A backend's name that is also taken for gloo's and MPI's: what they do is asked of it."""
 
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) or other == "gloo"  # type: ignore[operator]
+        return other in ("gloo", "mpi") or str.__eq__(self, str(other))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        return hash("gloo")  # so it is found in sets of names in which gloo's is
 
 
 class Suite:
     """The tests, for one backend and number of ranks."""
 
     def __init__(self, backend: str, ranks: int) -> None:
-        os.environ.update(BACKEND="gloo", WORLD_SIZE=str(ranks))
+        name = backend if backend == "gloo" else _Name(backend)
+        DistTestCases.backend_feature["plugin"].add(backend)
+        os.environ.update(WORLD_SIZE=str(ranks), BACKEND=_RUNS_ON_FEW_RANKS)
         os.environ.update(TEMP_DIR=_ANY_FOLDER, INIT_METHOD=_ANY_STORE)
-        suite: Any = importlib.import_module("torch.testing._internal.distributed.distributed_test")
-        os.environ["BACKEND"] = _RUNS_ON_FEW_RANKS
-        suite.BACKEND = _Name(backend)
+        # The suite reads its backend's name there, once; the real environment keeps no objects.
+        with patch.object(os, "environ", {**os.environ, "BACKEND": name}):
+            suite: Any = importlib.import_module(
+                "torch.testing._internal.distributed.distributed_test"
+            )
         for known in (
             suite.PROFILING_SUPPORTED_BACKENDS,
             suite.SEND_RECV_PROFILING_SUPPORTED_BACKENDS,
@@ -91,7 +100,7 @@ class Suite:
 
     def seed(self) -> None:
         """Set the random number generators as the suite does before each test."""
-        importlib.import_module("torch.testing._internal.common_utils").set_rng_seed()
+        set_rng_seed()
 
     def meaning_of_exit(self, code: object) -> str | None:
         """Why a test that left by ``sys.exit(code)`` is skipped; None if that is no skip."""
