@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import sys
+import textwrap
 import time
 import traceback
 import unittest
@@ -27,6 +28,7 @@ from conformance.suite import Suite
 from mpizero.world.launcher import read_launch
 
 _POLL_SECONDS = 0.005
+_LONGEST_REASON = 160
 # A rank that has failed gives the others this long: they may be waiting for it for ever.
 _GRACE_SECONDS = 15.0
 
@@ -70,8 +72,7 @@ class Rank:
             if dist.is_initialized():
                 dist.destroy_process_group()
         except BaseException as error:
-            line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-            return Outcome(FAILED, line, details=traceback.format_exc())
+            return Outcome(FAILED, _in_one_line(error), details=traceback.format_exc())
         return Outcome(PASSED) if skipped is None else Outcome(SKIPPED, skipped)
 
     def _call(self, case: Any, name: str) -> str | None:
@@ -113,6 +114,11 @@ class Rank:
                 time.sleep(_POLL_SECONDS)
             verdicts.add(json.loads(place.read_text())["verdict"])
         return len(verdicts) == 1 and FAILED not in verdicts
+
+
+def _in_one_line(error: BaseException) -> str:
+    words = traceback.format_exception_only(error)[-1].split()
+    return textwrap.shorten(" ".join(words), _LONGEST_REASON)
 
 
 def main() -> None:

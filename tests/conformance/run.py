@@ -82,7 +82,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--backend", choices=("mpizero", "gloo", "both"), default="both")
     parser.add_argument("--only", action="append", metavar="NAME", help="a test, or part of a name")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a test may take")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds that a test may take")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every test's outcome")
     parser.add_argument("--write", action="store_true", help="keep the results, write the page")
     parser.add_argument("--verbose", action="store_true", help="show why tests fail")

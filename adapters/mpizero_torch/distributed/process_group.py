@@ -116,7 +116,7 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         """Receive one tensor from a rank."""
         return self._receive(tensors, source, tag)
 
-    @shown_as("recv")
+    @shown_as("recvAnySource")
     def recv_anysource(self, tensors: Sequence[torch.Tensor], tag: int) -> Work:
         """Receive one tensor from whichever rank sends one with the tag."""
         return self._receive(tensors, None, tag)
