@@ -22,6 +22,7 @@ from mpizero_torch.distributed.c10d import (
 )
 from mpizero_torch.distributed.calls import GroupCalls
 from mpizero_torch.distributed.operations import operation_name, premultiplied
+from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.sparse import all_reduce_sparse
 from mpizero_torch.distributed.works import DoneWork, PendingWork
 
@@ -31,6 +32,7 @@ _ALL_REDUCE, _REDUCE_SCATTER = AllreduceOptions(), ReduceScatterOptions()
 class ReducingCalls(GroupCalls):
     """All-reduce, reduce and reduce-scatter."""
 
+    @shown_as("all_reduce")
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine one tensor over all ranks, in place."""
         (tensor,) = tensors
@@ -45,6 +47,7 @@ class ReducingCalls(GroupCalls):
             return DoneWork(tensors)
         return PendingWork([self.world.allreduce(array, name, asynchronous=True)], tensors)
 
+    @shown_as("all_reduce")
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine several tensors of one dtype over all ranks, in place, as if they were one."""
         if len(tensors) == 1:
@@ -61,6 +64,7 @@ class ReducingCalls(GroupCalls):
         )
         return self._work(handle, tensors, dealt_out(flat, tensors))
 
+    @shown_as("reduce")
     def reduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         """Combine one tensor over all ranks, for the root."""
         (tensor,) = tensors
@@ -76,6 +80,7 @@ class ReducingCalls(GroupCalls):
         )
         return self._work(handle, tensors)
 
+    @shown_as("reduce_scatter_tensor", inputs=1)
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = _REDUCE_SCATTER
     ) -> Work:
@@ -87,6 +92,7 @@ class ReducingCalls(GroupCalls):
             )
         return self._reduce_scatter(output, input, opts)
 
+    @shown_as("reduce_scatter", inputs=1)
     def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
@@ -101,6 +107,7 @@ class ReducingCalls(GroupCalls):
             return self._reduce_scatter_uneven(output, listed, opts)
         return self._reduce_scatter(output, one_behind_another(listed), opts)
 
+    @shown_as("reduce_scatter_tensor", inputs=1)
     def reduce_scatter_single_coalesced(
         self,
         outputs: Sequence[torch.Tensor],
