@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--layers {options.layers} are fewer than the stages, --pp {options.pp}")
     if options.pp > 1 and options.batch_size % options.micro_batches:
         parser.error("--batch-size is no multiple of --micro-batches")
+    if options.micro_batches < options.pp > 1:
+        parser.error("--micro-batches are fewer than the stages, --pp")
     return options
 
 

@@ -14,7 +14,7 @@ import mpizero_torch as mz
 from support import hybrid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
-MICRO_BATCHES, LAYERS = 2, 4
+MICRO_BATCHES, LAYERS = 4, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
