@@ -35,8 +35,14 @@ def _hear_all(
     late = []
     for rank in range(1, world.size):
         came = world.recv(np.zeros(1, np.int8), rank, tag, asynchronous=True)
+        is_up = time.monotonic() > deadline
         if _in_time(came, deadline):
             continue
+        if is_up and not late:  # of this rank nobody can say that it is late
+            raise RuntimeError(
+                f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {seconds * 1000:.0f} ms, "
+                f"before rank {rank} had its turn"
+            )
         late.append(rank)
         if not wait_all_ranks:
             break
