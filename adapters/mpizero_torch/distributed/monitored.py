@@ -32,7 +32,7 @@ def monitored_barrier(world: World, seconds: float, wait_all_ranks: bool) -> Non
 def _hear_all(
     world: World, tag: int, deadline: float, seconds: float, wait_all_ranks: bool
 ) -> None:
-    late = []
+    late: list[int] = []
     for rank in range(1, world.size):
         came = world.recv(np.zeros(1, np.int8), rank, tag, asynchronous=True)
         is_up = time.monotonic() > deadline
