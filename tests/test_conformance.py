@@ -67,10 +67,10 @@ _ALL = bool(os.environ.get("MPIZERO_TEST_ALL"))
 
 
 def _run(names: list[str], limit: float = 60.0) -> dict[str, Outcome]:
-    return run_tests(Setting(sys.executable, "mpizero", 3, limit), names, lambda *_: None)
+    return run_tests(Setting(sys.executable, "mpizero", limit), names, lambda *_: None)
 
 
-@pytest.mark.timeout(3600 if _ALL else 120)
+@pytest.mark.timeout(3600 if _ALL else 240)
 def test_what_has_passed_passes() -> None:
     _, columns = stored.read()
     before = columns[_MPI]

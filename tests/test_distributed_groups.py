@@ -163,6 +163,37 @@ def test_monitored_barrier(pair: Pair) -> None:
         with pytest.raises(RuntimeError, match=message if rank == 0 else "Rank 0|rank 0"):
             dist.monitored_barrier(timeout=timedelta(milliseconds=500))
     pair.gloo.barrier().wait()
+    group = dist.new_group()
+    if rank == 0:  # who has no time cannot tell of others that they are late
+        with pytest.raises(RuntimeError, match="Rank 0 timed out in monitoredBarrier"):
+            dist.monitored_barrier(group, timeout=timedelta(0))
+    pair.gloo.barrier().wait()
+
+
+@several_ranks
+def test_calls_are_shown_in_the_profiler(pair: Pair) -> None:
+    """As gloo's are, once each, also one that consists of others; with shapes; asynchronous."""
+
+    def shown(group: Any) -> list[tuple[str, Any, bool]]:
+        x, size = torch.ones(2, 3), dist.get_world_size()
+        listed = [[torch.zeros(2, 3), torch.zeros(1)] for _ in range(size)]
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, record_shapes=True) as profile:
+            dist.all_reduce(x, group=group)
+            dist.broadcast(x, 0, group=group, async_op=True).wait()
+            dist.all_gather([torch.zeros(4, dtype=torch.cfloat)] * size, torch.ones(4) * 1j, group)
+            group.allgather_coalesced(listed, [x, torch.ones(1)]).wait()
+            sent = dist.isend(x, (dist.get_rank() + 1) % size, group)
+            dist.recv(torch.zeros(2, 3), (dist.get_rank() - 1) % size, group)
+            sent.wait()
+        name = group.name()
+        return [
+            (event.name.removeprefix(name), event.input_shapes, event.is_async)
+            for event in profile.events()
+            if event.name.startswith(f"{name}:")
+        ]
+
+    assert sorted(shown(pair.ours)) == sorted(shown(pair.gloo))
 
 
 @several_ranks

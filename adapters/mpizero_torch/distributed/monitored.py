@@ -32,11 +32,17 @@ def monitored_barrier(world: World, seconds: float, wait_all_ranks: bool) -> Non
 def _hear_all(
     world: World, tag: int, deadline: float, seconds: float, wait_all_ranks: bool
 ) -> None:
-    late = []
+    late: list[int] = []
     for rank in range(1, world.size):
         came = world.recv(np.zeros(1, np.int8), rank, tag, asynchronous=True)
+        is_up = time.monotonic() > deadline
         if _in_time(came, deadline):
             continue
+        if is_up and not late:  # of this rank nobody can say that it is late
+            raise RuntimeError(
+                f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {seconds * 1000:.0f} ms, "
+                f"before rank {rank} had its turn"
+            )
         late.append(rank)
         if not wait_all_ranks:
             break
