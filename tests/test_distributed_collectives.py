@@ -281,12 +281,12 @@ def test_objects(pair: Pair) -> None:
 
 @several_ranks
 def test_sparse_all_reduce(pair: Pair) -> None:
-    def call(group: Any) -> torch.Tensor:
+    def call(group: Any) -> list[torch.Tensor]:
         rank = dist.get_rank()
         places = torch.tensor([[rank, rank + 1]])
         tensor = torch.sparse_coo_tensor(places, torch.ones(2) * 2, (6,), check_invariants=True)
         work = dist.all_reduce(tensor, group=group, async_op=True)
         work.wait()
-        return work.result()[0].to_dense()
+        return [work.result()[0].to_dense(), tensor.to_dense()]  # and in place
 
     compare(pair, call)

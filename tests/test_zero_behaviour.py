@@ -490,3 +490,38 @@ def test_parameters_of_no_elements(stage: int, partition: str, segment_mb: float
         models.append(model.state_dict())
     for name, value in models[0].items():
         torch.testing.assert_close(models[1][name], value)
+
+
+@ranks
+@pytest.mark.parametrize("scale", ["loss", "gradients"])
+@pytest.mark.parametrize(
+    "way",
+    [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3, "share_parameters": False}],
+    ids=str,
+)
+def test_passes_that_are_accumulated_are_averaged_once(way: dict[str, Any], scale: str) -> None:
+    """As a pipeline's schedule runs them, which may also divide what has come of them."""
+    world, kind, passes = mz.init(), KIND, 3
+    alone = kind.build(torch.float64)
+    its = torch.optim.AdamW(alone.parameters(), lr=1e-2)
+    model = kind.build(torch.float64)
+    model, optimizer = mz.zero(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **way)
+    for step in range(3):
+        x, y = kind.batch(world.size * passes * 2, step)
+        its.zero_grad()
+        expected = loss(alone, x, y)
+        expected.backward()
+        its.step()
+        optimizer.zero_grad()
+        found = 0.0
+        with model.accumulate():
+            for at in range(passes):
+                first = (world.rank * passes + at) * 2
+                own = loss(model, x[first : first + 2], y[first : first + 2])
+                (own / passes if scale == "loss" else own).backward()
+                found += own.item() / passes
+            for parameter in model.parameters() if scale == "gradients" else ():
+                if parameter.grad is not None:
+                    parameter.grad.div_(passes)
+        optimizer.step()
+        assert mz.mean(found) == pytest.approx(expected.item(), rel=1e-10)

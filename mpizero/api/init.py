@@ -58,7 +58,12 @@ def init(
         survival.prepare()
     starts = comm is None and not load_mpi().Is_initialized()
     with diagnostics.starting(launch, timeout) if starts else nullcontext():
-        return _start(launch, comm, device, timeout, elastic)
+        try:
+            return _start(launch, comm, device, timeout, elastic)
+        except BaseException:
+            if starts:
+                remove_segments(os.getpid())
+            raise
 
 
 def _start(
@@ -70,11 +75,7 @@ def _start(
 ) -> World:
     """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
     if comm is None:
-        try:
-            comm = start_mpi(launch)
-        except LaunchError:
-            remove_segments(os.getpid())
-            raise
+        comm = start_mpi(launch)
     mpi = load_mpi()
     if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
         raise ArgumentError("init()", "comm", repr(comm), "None or an mpi4py intracommunicator")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _QUESTION, _ANSWER = 1, 2
-_PATIENCE_SECONDS, _NAP_SECONDS = 5.0, 0.02
+_PATIENCE_SECONDS, _NAP_SECONDS = 4.0, 0.02
 
 # Of a node that does not answer so soon another rank is asked, too; in all so many.
 _NEXT_TRY_SECONDS, _TRIES = 1.0, 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpizero.diagnostics.orphans import THREAD
 from mpizero.diagnostics.process import GONE, STOPPED
 from mpizero.diagnostics.record import Made
 from mpizero.diagnostics.views import LEFT, UNSEEN, Stuck, View, name, stuck_calls
@@ -97,7 +98,7 @@ def _stacks(views: Sequence[View]) -> list[str]:
     by_stack: dict[str, list[int]] = {}
     for view in views:
         if view.state != UNSEEN:
-            by_stack.setdefault(view.stack, []).append(view.rank)
+            by_stack.setdefault(_of_program(view.stack), []).append(view.rank)
     lines = []
     for stack, ranks in by_stack.items():
         if stack:
@@ -106,6 +107,17 @@ def _stacks(views: Sequence[View]) -> list[str]:
         else:
             lines.append(f"  {name(ranks)}: no Python stack to be had")
     return lines
+
+
+def _of_program(stack: str) -> str:
+    """Without the thread that does nothing but wait for the launcher's end."""
+    lines, kept = [], True
+    for line in stack.splitlines():
+        if not line.startswith(" "):
+            kept = line != f"{THREAD}:"
+        if kept:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _seconds(age: float) -> str:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -15,6 +15,7 @@ from mpizero.diagnostics import stacks
 from mpizero.diagnostics.between_nodes import OtherNodes
 from mpizero.diagnostics.clocks import offset_to_root
 from mpizero.diagnostics.node import NodeRecords
+from mpizero.diagnostics.orphans import abort
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.starting import watched_start
 from mpizero.diagnostics.trace import Tracer
@@ -86,7 +87,7 @@ def watch(group: Group, timeout: float | None) -> None:
         nodes = group.comm.allgather(group.node_index)
         ranks_of = [[r for r, at in enumerate(nodes) if at == n] for n in range(group.node_count)]
         others = OtherNodes(group.comm, ranks_of, node)
-    _watchdog = Watchdog(own, node, others, seconds, group.comm.Abort)
+    _watchdog = Watchdog(own, node, others, seconds, partial(abort, group.comm))
     _watchdog.start()
 
 

@@ -78,7 +78,10 @@ ENDINGS = [
         says=("Fatal Python error: Bus error", "in read_beyond_the_end"),
     ),
     Fault("illegal instruction", "SIGILL", says=("Fatal Python error: Illegal instruction",)),
-    Fault("killed by the kernel for want of memory", "all memory", says=KILLED, memory=700 << 20),
+    Fault(
+        "killed by the kernel for want of memory", "all memory", says=KILLED, memory=500 << 20,
+        env={"MPIZERO_TIMEOUT": "60"},
+    ),
     Fault("MemoryError", "more memory than allowed", who=(0,), says=(r"\[rank 0\] .*MemoryError",)),
     Fault("SIGINT to the launcher (Ctrl-C)", "SIGINT to the launcher"),
     Fault("SIGTERM to the launcher", "SIGTERM to the launcher", "inside", call="large"),
@@ -137,6 +140,7 @@ STANDSTILLS = [
     ),
     Fault("endless C call that holds Python's lock", "C", says=missing(2)),
     Fault("sleep", "sleep", says=missing(2)),
+    Fault("sleep, and the launcher is stopped", "sleep under a stopped launcher", short=True),
     Fault("waits for a lock that nobody opens", "lock", says=(*missing(2), "in wait_for_a_lock")),
     Fault("reads what never comes", "pipe", who=(0,), says=missing(0)),
     Fault("late by 5 s", "slow", promise=GOES_ON, env={"MPIZERO_TIMEOUT": "60"}),
@@ -300,11 +304,6 @@ TRAININGS = [
         says=("MismatchError|mpizero: ",),
     ),
     Fault(
-        "evaluates alone, zero3 on two nodes, MPIZERO_DEBUG=1", "evaluate alone", "after", "zero3",
-        (0,), 2, env={"MPIZERO_RANKS_PER_NODE": "1", "MPIZERO_DEBUG": "1"},
-        options={"zero": {"share_parameters": False}}, says=("MismatchError", r"rank 1: "),
-    ),
-    Fault(
         "a parameter frozen on one rank, later", "freeze", "before", "zero2", (-1,), 2,
         says=("MismatchError|mpizero: ",),
     ),
@@ -350,8 +349,8 @@ SURVIVED = [
         only=OPEN_MPI, options={"stage": 1}, says=RAISED,
     ),
     Fault(
-        "elastic asked of an MPI that cannot", "nothing", who=(0,),
-        options={"elastic": True, "moment": "before init"},
+        "elastic asked of an MPI that cannot", "nothing", "before init", who=(0,),
+        options={"elastic": True},
         says=(r"LaunchError: init\(elastic=True\)",),
     ),
 ]

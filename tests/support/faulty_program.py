@@ -184,6 +184,11 @@ def write_protected(fault: Fault) -> None:
     fault.world.allreduce(protected)
 
 
+def sleep_under_a_stopped_launcher(fault: Fault) -> None:
+    tell_the_launcher(signal.SIGSTOP)(fault)
+    time.sleep(1000)
+
+
 # What happens, by name. "leave" tells the loop to end.
 ACTS: dict[str, Callable[[Fault], Any]] = {
     "nothing": lambda fault: None,
@@ -222,6 +227,7 @@ ACTS: dict[str, Callable[[Fault], Any]] = {
         f"{name} to the launcher": tell_the_launcher(getattr(signal, name))
         for name in ("SIGINT", "SIGTERM", "SIGKILL")
     },
+    "sleep under a stopped launcher": sleep_under_a_stopped_launcher,
     **{name: send(name) for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGILL", "SIGINT")},
 }
 

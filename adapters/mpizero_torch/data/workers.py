@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 from contextlib import suppress
 from multiprocessing import resource_tracker, spawn
 from typing import Any
@@ -17,7 +18,7 @@ def fork_server() -> Any:
     epoch (0.1 s instead of 10 s for two workers on two cores). What has been set up to be imported
     stays if the server runs already.
     """
-    with suppress(AttributeError, NotImplementedError, OSError):  # then without
+    with suppress(AttributeError, OSError):  # then without
         _start_tracker()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch", "mpizero_torch.data.loader"])
@@ -36,16 +37,16 @@ def _start_tracker() -> None:
         return
     read, write = os.pipe()
     try:
-        os.set_inheritable(read, True)
         program = f"from multiprocessing.resource_tracker import main; main({read})"
-        python = os.fspath(spawn.get_executable())
-        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
-        tracker._pid = os.posix_spawn(
-            python, [python, "-c", program], os.environ, file_actions=quiet, setsid=True
-        )
-    except BaseException:
+        process = subprocess.Popen(
+            [os.fspath(spawn.get_executable()), "-c", program], pass_fds=[read],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError:
         os.close(write)
         raise
     finally:
         os.close(read)
-    tracker._fd = write
+    process.returncode = 0  # the module waits for it itself
+    tracker._fd, tracker._pid = write, process.pid

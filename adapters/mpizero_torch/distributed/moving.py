@@ -23,6 +23,7 @@ from mpizero_torch.distributed.c10d import (
     ScatterOptions,
 )
 from mpizero_torch.distributed.calls import GroupCalls
+from mpizero_torch.distributed.profiled import shown_as
 
 _BROADCAST, _ALL_GATHER, _ALL_TO_ALL = BroadcastOptions(), AllgatherOptions(), AllToAllOptions()
 _GATHER, _SCATTER = GatherOptions(), ScatterOptions()
@@ -31,6 +32,7 @@ _GATHER, _SCATTER = GatherOptions(), ScatterOptions()
 class MovingCalls(GroupCalls):
     """Broadcast, gather, scatter, all-gather and all-to-all."""
 
+    @shown_as("broadcast")
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any = _BROADCAST) -> Work:
         """Give every rank the root's tensor."""
         (tensor,) = tensors
@@ -38,6 +40,7 @@ class MovingCalls(GroupCalls):
         handle = self._start(opts, lambda **how: self.world.broadcast(array, root, **how))
         return self._work(handle, tensors)
 
+    @shown_as("all_gather_into_tensor", inputs=1)
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = _ALL_GATHER
     ) -> Work:
@@ -58,6 +61,7 @@ class MovingCalls(GroupCalls):
         handle = self._start(opts, lambda **how: self.world.allgather(source, out=target, **how))
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
+    @shown_as("all_gather", inputs=1)
     def allgather(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -74,6 +78,7 @@ class MovingCalls(GroupCalls):
         handle = self._start(opts, lambda **how: gather(source, out=target, **how))
         return self._work(handle, listed, dealt_out(flat, listed))
 
+    @shown_as("all_gather", inputs=1)
     def allgather_coalesced(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -87,6 +92,7 @@ class MovingCalls(GroupCalls):
         ]
         return self._together(works, [tensor for listed in outputs for tensor in listed])
 
+    @shown_as("all_gather_into_tensor", inputs=1)
     def all_gather_single_coalesced(
         self,
         outputs: Sequence[torch.Tensor],
@@ -100,6 +106,7 @@ class MovingCalls(GroupCalls):
         ]
         return self._together(works, outputs)
 
+    @shown_as("gather", inputs=1)
     def gather(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -119,6 +126,7 @@ class MovingCalls(GroupCalls):
         handle = self._start(opts, lambda **how: self.world.gather(source, root, out=target, **how))
         return self._work(handle, listed, dealt_out(flat, listed))
 
+    @shown_as("scatter", inputs=1)
     def scatter(
         self,
         outputs: Sequence[torch.Tensor],
@@ -140,6 +148,7 @@ class MovingCalls(GroupCalls):
         )
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
+    @shown_as("all_to_all", inputs=1)
     def all_to_all_single(
         self,
         output: torch.Tensor,
@@ -173,6 +182,7 @@ class MovingCalls(GroupCalls):
             )
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
+    @shown_as("all_to_all", inputs=1)
     def alltoall(
         self,
         outputs: Sequence[torch.Tensor],

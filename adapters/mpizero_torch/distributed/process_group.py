@@ -15,6 +15,7 @@ from mpizero_torch.distributed.backend_view import BackendView
 from mpizero_torch.distributed.c10d import BarrierOptions, PrefixStore
 from mpizero_torch.distributed.monitored import monitored_barrier
 from mpizero_torch.distributed.moving import MovingCalls
+from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.reducing import ReducingCalls
 from mpizero_torch.distributed.works import PendingWork
 
@@ -97,21 +98,25 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         """How long a monitored barrier may take; for other calls see ``mpizero.init(timeout=)``."""
         self._timeout = timeout
 
+    @shown_as("barrier", inputs=None)
     def barrier(self, opts: Any = _BARRIER) -> Work:
         """Wait until every rank has come here."""
         handle = self._start(opts, self.world.barrier)
         return self._work(handle, [])
 
+    @shown_as("send")
     def send(self, tensors: Sequence[torch.Tensor], to: int, tag: int) -> Work:
         """Send one tensor to a rank, which receives it with the same tag."""
         (tensor,) = tensors
         message = self.world.send(array_of(tensor), to, tag, asynchronous=True)
         return PendingWork([message], tensors)
 
+    @shown_as("recv")
     def recv(self, tensors: Sequence[torch.Tensor], source: int, tag: int) -> Work:
         """Receive one tensor from a rank."""
         return self._receive(tensors, source, tag)
 
+    @shown_as("recvAnySource")
     def recv_anysource(self, tensors: Sequence[torch.Tensor], tag: int) -> Work:
         """Receive one tensor from whichever rank sends one with the tag."""
         return self._receive(tensors, None, tag)

@@ -21,7 +21,8 @@ from mpizero_torch.distributed.c10d import (
     ReduceScatterOptions,
 )
 from mpizero_torch.distributed.calls import GroupCalls
-from mpizero_torch.distributed.operations import operation_name, scaled
+from mpizero_torch.distributed.operations import operation_name, premultiplied
+from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.sparse import all_reduce_sparse
 from mpizero_torch.distributed.works import DoneWork, PendingWork
 
@@ -31,21 +32,22 @@ _ALL_REDUCE, _REDUCE_SCATTER = AllreduceOptions(), ReduceScatterOptions()
 class ReducingCalls(GroupCalls):
     """All-reduce, reduce and reduce-scatter."""
 
+    @shown_as("all_reduce")
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine one tensor over all ranks, in place."""
         (tensor,) = tensors
         op, is_async = _op_of(opts), self._is_async(opts)
         if tensor.layout is not torch.strided:
             return all_reduce_sparse(self.world, tensor, op)
-        premultiplied = scaled(op, tensor)
-        if premultiplied is not None:
-            tensor.detach().copy_(premultiplied)
+        if (product := premultiplied(op, tensor)) is not None:
+            tensor.detach().copy_(product)
         array, name = array_of(tensor), operation_name(op, tensor)
         if not is_async:
             self.world.allreduce(array, name)
             return DoneWork(tensors)
         return PendingWork([self.world.allreduce(array, name, asynchronous=True)], tensors)
 
+    @shown_as("all_reduce")
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine several tensors of one dtype over all ranks, in place, as if they were one."""
         if len(tensors) == 1:
@@ -54,20 +56,21 @@ class ReducingCalls(GroupCalls):
             raise ValueError("allreduce_coalesced: tensors must be all of one dtype")
         op = _op_of(opts)
         flat = one_behind_another(tensors)
-        if (premultiplied := scaled(op, flat)) is not None:
-            flat = premultiplied
+        if (product := premultiplied(op, flat)) is not None:
+            flat = product
         handle = self._start(
             opts,
             lambda **how: self.world.allreduce(array_of(flat), operation_name(op, flat), **how),
         )
         return self._work(handle, tensors, dealt_out(flat, tensors))
 
+    @shown_as("reduce")
     def reduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         """Combine one tensor over all ranks, for the root."""
         (tensor,) = tensors
         opts = opts or ReduceOptions()
         op = _op_of(opts)
-        source = scaled(op, tensor)
+        source = premultiplied(op, tensor)
         if source is not None and self.rank() == opts.rootRank:
             source = tensor.detach().copy_(source)
         source = tensor if source is None else source
@@ -77,6 +80,7 @@ class ReducingCalls(GroupCalls):
         )
         return self._work(handle, tensors)
 
+    @shown_as("reduce_scatter_tensor", inputs=1)
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = _REDUCE_SCATTER
     ) -> Work:
@@ -88,6 +92,7 @@ class ReducingCalls(GroupCalls):
             )
         return self._reduce_scatter(output, input, opts)
 
+    @shown_as("reduce_scatter", inputs=1)
     def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
@@ -102,6 +107,7 @@ class ReducingCalls(GroupCalls):
             return self._reduce_scatter_uneven(output, listed, opts)
         return self._reduce_scatter(output, one_behind_another(listed), opts)
 
+    @shown_as("reduce_scatter_tensor", inputs=1)
     def reduce_scatter_single_coalesced(
         self,
         outputs: Sequence[torch.Tensor],
@@ -121,8 +127,8 @@ class ReducingCalls(GroupCalls):
 
     def _reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> Work:
         op = _op_of(opts)
-        premultiplied = scaled(op, input)
-        source = flat_array_of(input if premultiplied is None else premultiplied)
+        product = premultiplied(op, input)
+        source = flat_array_of(input if product is None else product)
         name = operation_name(op, input)
         direct = output.is_contiguous() and not share_memory(output, input)
         into = output if direct else torch.empty_like(output, memory_format=torch.contiguous_format)
@@ -138,8 +144,8 @@ class ReducingCalls(GroupCalls):
         """By an all-reduce of all: the parts are of different lengths."""
         op = _op_of(opts)
         flat = one_behind_another(listed)
-        if (premultiplied := scaled(op, flat)) is not None:
-            flat = premultiplied
+        if (product := premultiplied(op, flat)) is not None:
+            flat = product
         start = sum(tensor.numel() for tensor in listed[: self.rank()])
         own = flat[start : start + output.numel()]
         handle = self._start(

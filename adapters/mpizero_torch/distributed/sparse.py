@@ -26,5 +26,6 @@ def all_reduce_sparse(world: World, tensor: torch.Tensor, op: Any) -> Work:
     values = as_tensor(world.allgather_uneven(array_of(own.values().contiguous())))
     total = torch.sparse_coo_tensor(places.t(), values, own.shape, check_invariants=False)
     total = total.coalesce()
-    tensor.detach().copy_(total)
+    with torch.no_grad():
+        tensor.copy_(total)  # not its detach(), which has entries of its own
     return DoneWork([total])

@@ -71,6 +71,7 @@ class PendingWork(WorkBase):  # type: ignore[misc]
         self._finished = False
         self._error: BaseException | None = None
         self._future: Any = None
+        self._then: Callable[[], None] | None = None
         self._sender = -1
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -119,6 +120,14 @@ class PendingWork(WorkBase):  # type: ignore[misc]
                     _fulfillers.submit(self._fulfil)
             return self._future
 
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Call ``then`` when all is done, before anyone who waits goes on."""
+        with self._once:
+            if not self._finished:
+                self._then = then
+                return
+        then()
+
     def _complete(self) -> None:
         with self._once:
             if self._finished:
@@ -133,6 +142,9 @@ class PendingWork(WorkBase):  # type: ignore[misc]
             except Exception as error:
                 self._error = error
             self._handles, self._finish = (), None
+            if self._then is not None:
+                self._then()
+                self._then = None
             self._finished = True
 
     def _fulfil(self) -> None:
@@ -182,3 +194,9 @@ class _Fulfillers:
 
 
 _fulfillers = _Fulfillers()
+
+
+def on_helper_thread(task: Callable[[], None]) -> None:
+    """Run ``task`` soon, on a thread that is not this one."""
+    with _lock:
+        _fulfillers.submit(task)

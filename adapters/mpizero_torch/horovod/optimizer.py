@@ -41,6 +41,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
     them. To clip them before, call ``synchronize()``, and then ``step()``, under
     ``skip_synchronize()`` if you like.
 
+    Parameters
+    ----------
     named_parameters : names for messages, ``model.named_parameters()``; all of the optimizer's.
     compression : what gradients travel as.
     backward_passes_per_step : backward passes whose gradients add up before they are reduced.

@@ -1,0 +1,92 @@
+"""The tables of ``docs/conformance.md``, made from the results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conformance.compare import differences
+from conformance.outcomes import FAILED, PASSED, SKIPPED
+from conformance.stored import COLUMNS, GLOO, Outcomes, count
+from support.launch import ROOT
+
+PAGE = ROOT / "docs" / "conformance.md"
+_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def tables(made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
+    """All of the page that depends on the results."""
+    known = [name for name in COLUMNS if name in columns]
+    with_words = ", ".join(f"{what} {version}" for what, version in made_with.items())
+    counts = [
+        [name, *(str(count(columns[name].values(), v)) for v in (PASSED, FAILED, SKIPPED))]
+        for name in known
+    ]
+    parts = [
+        f"With {with_words}:",
+        _table(["backend", "passed", "failed", "skipped"], counts),
+        "### Every difference from gloo",
+        _differences(columns),
+        "### What fails with both",
+        _both_fail(columns),
+        "### What is skipped",
+        _skipped(columns),
+    ]
+    return "\n\n".join(parts)
+
+
+def put_in(text: str, made: str) -> str:
+    """The page with these tables in the place of those that it has."""
+    before, rest = text.split(_BEGIN)
+    _, after = rest.split(_END)
+    return f"{before}{_BEGIN}\n\n{made}\n\n{_END}{after}"
+
+
+def write(made_with: dict[str, Any], columns: dict[str, Outcomes], page: Path = PAGE) -> None:
+    """Bring the page up to date."""
+    page.write_text(put_in(page.read_text(), tables(made_with, columns)))
+
+
+def _differences(columns: dict[str, Outcomes]) -> str:
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for each in differences(columns):
+        key = each.name, each.gloos, each.ours, each.reason
+        rows.setdefault(key, []).append(each.column)
+    if not rows:
+        return "There is none."
+    lines = [
+        [f"`{name}`", gloos, f"{ours}: {', '.join(where)}", reason]
+        for (name, gloos, ours, reason), where in rows.items()
+    ]
+    return _table(["test", GLOO, "mpizero", "why"], lines)
+
+
+def _both_fail(columns: dict[str, Outcomes]) -> str:
+    names = [
+        name
+        for name, outcome in columns[GLOO].items()
+        if outcome.verdict == FAILED
+        and all(c[name].verdict == FAILED for c in columns.values() if name in c)
+    ]
+    if not names:
+        return "Nothing."
+    rows = [[f"`{name}`", _cell(columns[GLOO][name].reason)] for name in names]
+    return _table(["test", "what gloo's run says"], rows)
+
+
+def _skipped(columns: dict[str, Outcomes]) -> str:
+    reasons = Counter(o.reason for o in columns[GLOO].values() if o.verdict == SKIPPED)
+    rows = [[str(number), _cell(reason)] for reason, number in reasons.most_common()]
+    return _table(["tests", "why, in the suite's words"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a table, nor be taken for markup."""
+    return "`" + text.replace("|", "/").replace("`", "'") + "`" if text else ""

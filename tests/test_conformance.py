@@ -1,0 +1,115 @@
+"""torch's own suite for backends: what has passed passes, and the page says what does not.
+
+``tests/conformance`` runs it; a quick part here, all with MPIZERO_TEST_ALL=1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from conformance import compare, page, stored
+from conformance.launches import Setting, run_tests
+from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome, together
+from support.launch import find_mpirun, is_openmpi
+
+# One or two of each kind, of those that take little time.
+QUICK = (
+    "test_get_rank",
+    "test_get_backend",
+    "test_Backend_enum_class",
+    "test_destroy_group",
+    "test_get_rank_size_group",
+    "test_batch_isend_irecv_gloo_tags",
+    "test_send_recv_torch_profiler",
+    "test_send_recv_any_source_autograd_profiler",
+    "test_send_recv_with_tag",
+    "test_isend",
+    "test_irecv",
+    "test_broadcast",
+    "test_broadcast_group",
+    "test_all_reduce_sum_async",
+    "test_all_reduce_sum_complex",
+    "test_all_reduce_complex_unsupported_ops",
+    "test_all_reduce_group_product",
+    "test_all_reduce_full_group_max",
+    "test_sparse_all_reduce_sum",
+    "test_all_reduce_coalesced_group_sum",
+    "test_reduce_group_min",
+    "test_reduce_sum_twice",
+    "test_scatter_checks",
+    "test_scatter_group",
+    "test_scatter_complex",
+    "test_gather_checks",
+    "test_gather_full_group",
+    "test_gather_object",
+    "test_all_gather",
+    "test_all_gather_complex",
+    "test_all_gather_coalesced_with_empty",
+    "test_all_gather_object_subgroup",
+    "test_all_to_all_group",
+    "test_all_to_all_single_unequal_split",
+    "test_barrier_group",
+    "test_monitored_barrier_gloo_subgroup",
+    "test_monitored_barrier_wait_all_ranks",
+    "test_scatter_object_list",
+    "test_DistributedDataParallel_requires_grad",
+    "test_DistributedDataParallelCPU_grad_is_view",
+    "test_accumulate_gradients_no_sync_allreduce_hook",
+    "test_get_future",
+    "test_ddp_logging_data_cpu",
+)
+
+_MPI = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH
+_ALL = bool(os.environ.get("MPIZERO_TEST_ALL"))
+
+
+def _run(names: list[str], limit: float = 60.0) -> dict[str, Outcome]:
+    return run_tests(Setting(sys.executable, "mpizero", 3, limit), names, lambda *_: None)
+
+
+@pytest.mark.timeout(3600 if _ALL else 120)
+def test_what_has_passed_passes() -> None:
+    _, columns = stored.read()
+    before = columns[_MPI]
+    names = [name for name, o in before.items() if o.verdict == PASSED and (_ALL or name in QUICK)]
+    assert _ALL or len(names) == len(QUICK), set(QUICK) - set(names)
+    now = _run(names)
+    assert {n: o.details for n, o in now.items() if o.verdict != PASSED} == {}
+
+
+def test_what_hangs_has_failed_and_the_rest_goes_on() -> None:
+    """Of this barrier one rank alone knows; the launch behind it runs what is left."""
+    hangs, runs = "test_barrier_timeout_full_group", "test_get_rank"
+    found = _run([hangs, runs], limit=15.0)
+    assert found[hangs].verdict == FAILED and "not done in 15 s" in found[hangs].reason
+    assert "_test_barrier_timeout" in found[hangs].details  # where the rank that hung was
+    assert found[runs].verdict == PASSED
+
+
+@pytest.mark.once
+def test_one_rank_fails_a_test_for_all() -> None:
+    passed, failed = Outcome(PASSED), Outcome(FAILED, "RuntimeError: no", details="Traceback")
+    gone = Outcome(FAILED, "did not end", is_guess=True)
+    assert together([passed, passed]).verdict == PASSED
+    assert together([passed, failed]).reason == "rank 1: RuntimeError: no"
+    assert together([gone, failed]).reason == "rank 1: RuntimeError: no"  # the cause
+    assert together([Outcome(SKIPPED, "why")] * 2) == Outcome(SKIPPED, "why")
+    assert "disagree" in together([passed, Outcome(SKIPPED, "why")]).reason
+
+
+@pytest.mark.once
+def test_the_page_shows_the_results_with_every_difference() -> None:
+    made_with, columns = stored.read()
+    assert list(columns) == list(stored.COLUMNS)
+    text = page.PAGE.read_text()
+    assert page.put_in(text, page.tables(made_with, columns)) == text
+    found = compare.differences(columns)
+    assert found and all(f"`{each.name}`" in text and each.reason in text for each in found)
+
+
+@pytest.mark.once
+def test_every_difference_has_its_reason() -> None:
+    assert compare.unexplained(stored.read()[1]) == []
