@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(bool(why_no_hosts()), reason=why_no_hosts()),
 ]
 
-HOSTS, RATE = 2, "200mbit"
+HOSTS, RATE = 2, "100mbit"
 WITHIN = 0.3
 
 # (stage, precision, do the ranks of a node share parameters?), by ranks on each host
