@@ -31,7 +31,7 @@ def tables(made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
         _differences(columns),
         "### What fails with both",
         _both_fail(columns),
-        "### What is skipped",
+        "### What is skipped with gloo",
         _skipped(columns),
     ]
     return "\n\n".join(parts)
@@ -50,15 +50,20 @@ def write(made_with: dict[str, Any], columns: dict[str, Outcomes], page: Path = 
 
 
 def _differences(columns: dict[str, Outcomes]) -> str:
-    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    """A row for all tests with one reason, in the same columns."""
+    columns_of: dict[tuple[str, str, str, str], list[str]] = {}
     for each in differences(columns):
-        key = each.name, each.gloos, each.ours, each.reason
-        rows.setdefault(key, []).append(each.column)
+        key = each.reason, each.gloos, each.ours, each.name
+        columns_of.setdefault(key, []).append(each.column)
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for (reason, gloos, ours, name), where in columns_of.items():
+        mpis = "" if len(where) == len(columns) - 1 else f" ({', '.join(where)})"
+        rows.setdefault((reason, gloos, ours, mpis), []).append(f"`{name}`")
     if not rows:
         return "There is none."
     lines = [
-        [f"`{name}`", gloos, f"{ours}: {', '.join(where)}", reason]
-        for (name, gloos, ours, reason), where in rows.items()
+        [", ".join(names), gloos, f"{ours}{mpis}", reason]
+        for (reason, gloos, ours, mpis), names in rows.items()
     ]
     return _table(["test", GLOO, "mpizero", "why"], lines)
 
@@ -78,7 +83,8 @@ def _both_fail(columns: dict[str, Outcomes]) -> str:
 
 def _skipped(columns: dict[str, Outcomes]) -> str:
     reasons = Counter(o.reason for o in columns[GLOO].values() if o.verdict == SKIPPED)
-    rows = [[str(number), _cell(reason)] for reason, number in reasons.most_common()]
+    most_first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    rows = [[str(number), _cell(reason)] for reason, number in most_first]
     return _table(["tests", "why, in the suite's words"], rows)
 
 

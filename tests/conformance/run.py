@@ -55,7 +55,7 @@ def main() -> int:
         options.json.write_text(json.dumps(chosen, indent=1) + "\n")
     if options.write:
         stored.write(made_with, columns)
-        page.write(made_with, columns)
+        page.write(*stored.read())
         print("\n".join(compare.unexplained(columns)))
     return 0 if all(each.reason for each in short) else 1
 
