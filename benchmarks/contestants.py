@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,10 +58,11 @@ def no_update(model: nn.Module) -> Trainer:
     return Trainer(model, lambda loss: loss.backward(), model.zero_grad)
 
 
-def torch_ddp(model: nn.Module) -> Trainer:
+def torch_ddp(model: nn.Module, group: Any = None) -> Trainer:
+    """``group``: the process group to average over; None: the default one."""
     from torch.nn.parallel import DistributedDataParallel
 
-    return plain_loop(DistributedDataParallel(model), adamw(model))
+    return plain_loop(DistributedDataParallel(model, process_group=group), adamw(model))
 
 
 def torch_zero1(model: nn.Module) -> Trainer:
@@ -80,21 +82,30 @@ def torch_zero1(model: nn.Module) -> Trainer:
     return plain_loop(wrapped, optimizer)
 
 
-def fsdp2(model: nn.Module, *, reshard: bool) -> Trainer:
+def fsdp2(
+    model: nn.Module, *, reshard: bool, group: Any = None, from_group: bool = False
+) -> Trainer:
     """``fully_shard`` for each block, then for what is left, as torch's tutorial has it.
+
+    ``group``: the process group to shard over; None: the default one. ``from_group``: its memory
+    is what torch communicates from.
 
     With ``reshard``, blocks give their parameters back after the forward pass (ZeRO-3), without,
     after the backward pass (ZeRO-2). What is left is needed again first, so torch keeps it.
     """
     import torch.distributed as dist
     from models import blocks
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu")
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=None if reshard else False)
+    if from_group:
+        for part in [*chain.from_iterable(blocks(model)), model]:
+            if isinstance(part, FSDPModule):
+                part.set_allocate_memory_from_process_group_for_comm(True)
     return plain_loop(model, adamw(model))
 
 

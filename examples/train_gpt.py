@@ -1,8 +1,11 @@
-"""Train a byte-level GPT on real text, data-parallel over all ranks.
+"""Train a byte-level GPT on real text, over all ranks.
 
     mpirun -n 2 python examples/train_gpt.py --plot loss.png
     mpirun -n 2 python examples/train_gpt.py --strategy zero2 --precision bf16
     mpirun -n 2 python examples/train_gpt.py --checkpoint-dir run --resume
+    mpirun -n 4 python examples/train_gpt.py --tp 2 --strategy zero2
+    mpirun -n 4 python examples/train_gpt.py --pp 2 --strategy zero1
+    mpirun -n 2 python examples/train_gpt.py --sp 2 --context 512
 
 The text is the Python standard library's own source, or what ``--text`` names; its last twentieth
 is held out. With the default options and two ranks of one core each, the held-out loss ends
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,90 +23,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+import hybrid
 import mpizero_torch as mz
 from common import Reporter, checkpoint_options, option_parser, positive
+from gpt import GPT, Windows, read_text, split
 
 TARGET = 1.65
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-MAX_BYTES = 4_000_000
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn pairs of coordinates by the position's angles (rotary embedding, arXiv 2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
-
-
-class Block(nn.Module):
-    """Self-attention, then a feed-forward layer, each added to its input."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        parts = self.query_key_value(self.norm(x)).view(batch, length, 3, self.heads, -1)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, angles), rotate(key, angles)
-        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.project(seen.transpose(1, 2).reshape(batch, length, width))
-        out: Tensor = x + self.feed_forward(x)
-        return out
-
-
-class GPT(nn.Module):
-    """Decoder-only transformer over bytes; the embedding is also the output layer."""
-
-    angles: Tensor
-
-    def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
-        super().__init__()
-        self.context = context
-        self.embed = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, 256, bias=False)
-        self.output.weight = self.embed.weight
-        pairs = width // heads // 2
-        angles = torch.arange(context)[:, None] / 1000 ** (torch.arange(pairs) / pairs)
-        self.register_buffer("angles", angles, persistent=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                # Each block adds to its input twice: smaller steps for more blocks.
-                into_sum = name.endswith(("project.weight", "feed_forward.3.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers if into_sum else 1))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.angles[: tokens.shape[1]])
-        guesses: Tensor = self.output(self.norm(x))
-        return guesses
-
-
-class Windows(Dataset[Tensor]):
-    """Stretches of ``context + 1`` bytes, each beginning where the one before ends."""
-
-    def __init__(self, text: bytes, context: int) -> None:
-        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self.context = context
-
-    def __len__(self) -> int:
-        return max(0, (len(self.text) - 1) // self.context)
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = index * self.context
-        return self.text[start : start + self.context + 1].long()
 
 
 def parse() -> argparse.Namespace:
@@ -115,7 +41,12 @@ def parse() -> argparse.Namespace:
         ("--heads", 4, "attention heads"),
         ("--width", 128, "size of a token's vector"),
         ("--context", 128, "bytes that the model sees"),
-        ("--batch-size", 8, "windows per rank and step"),
+        ("--batch-size", 8, "windows per replica and step"),
+        ("--sample", 300, "bytes to write in the end, after 'def '"),
+        ("--tp", 1, "ranks that hold slices of each layer"),
+        ("--pp", 1, "stages of layers"),
+        ("--sp", 1, "ranks that share out each window"),
+        ("--micro-batches", 2, "parts of a batch that follow one another through the stages"),
     ):
         parser.add_argument(name, type=positive, default=default, help=what)
     parser.add_argument(
@@ -129,27 +60,13 @@ def parse() -> argparse.Namespace:
         parser.error("--resume needs --checkpoint-dir: from where?")
     if options.width % (2 * options.heads):
         parser.error(f"--width {options.width} is no multiple of twice --heads {options.heads}")
+    if options.heads % (options.tp * options.sp):
+        parser.error(f"--heads {options.heads} cannot be dealt out over --tp and --sp")
+    if options.layers < options.pp:
+        parser.error(f"--layers {options.layers} are fewer than the stages, --pp {options.pp}")
+    if options.pp > 1 and options.batch_size % options.micro_batches:
+        parser.error("--batch-size is no multiple of --micro-batches")
     return options
-
-
-def read_text(files: list[Path] | None) -> bytes:
-    """The files' bytes; by default, the standard library's top-level modules up to MAX_BYTES."""
-    if files:
-        return b"".join(file.read_bytes() for file in files)
-    library = Path(sysconfig.get_path("stdlib"))
-    text = b"".join(file.read_bytes() for file in sorted(library.glob("*.py")))
-    if not text:
-        raise SystemExit(f"There are no sources in {library}: name a file with --text.")
-    return text[:MAX_BYTES]
-
-
-def split(text: bytes, context: int) -> tuple[Windows, Windows]:
-    """The text for training, and its last twentieth."""
-    cut = len(text) - len(text) // 20
-    training, held_out = Windows(text[:cut], context), Windows(text[cut:], context)
-    if not len(training) or not len(held_out):
-        raise SystemExit(f"{len(text)} bytes are too little text for windows of {context} bytes.")
-    return training, held_out
 
 
 def endless(loader: Any) -> Iterator[Tensor]:
@@ -158,10 +75,18 @@ def endless(loader: Any) -> Iterator[Tensor]:
         yield from loader
 
 
-def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """How badly each byte is guessed from those before it, in nats."""
-    guesses = model(windows[:, :-1])
-    return F.cross_entropy(guesses.flatten(0, 1), windows[:, 1:].flatten())
+def loss_of(model: nn.Module, gpt: GPT, windows: Tensor, mesh: mz.Mesh) -> Tensor:
+    """How badly each byte of this rank's stretch is guessed from those before it, in nats."""
+    inputs, targets = own_stretch(windows, mesh)
+    if mesh.pp.size > 1:
+        return hybrid.loss_of(hybrid.forward(model, gpt, inputs, mesh.pp), targets)
+    return hybrid.loss_of(model(inputs), targets)
+
+
+def own_stretch(windows: Tensor, mesh: mz.Mesh) -> tuple[Tensor, Tensor]:
+    """Bytes, and those that follow each."""
+    part = mz.stretch(windows.shape[1] - 1, mesh.sp)
+    return windows[:, :-1][:, part], windows[:, 1:][:, part]
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -175,15 +100,18 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def distribute(gpt: GPT, options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
+def distribute(
+    gpt: GPT, options: argparse.Namespace, mesh: mz.Mesh
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model and its optimizer, spread over the ranks as the options say."""
+    hybrid.spread(gpt, mesh)
     optimizer = torch.optim.AdamW(
         gpt.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
     if options.strategy == "ddp":
-        return mz.DistributedDataParallel(gpt), optimizer
+        return mz.DistributedDataParallel(gpt, world=mesh.replicas), optimizer
     stage = int(options.strategy.removeprefix("zero"))
-    return mz.zero(gpt, optimizer, stage=stage, precision=options.precision)
+    return mz.zero(gpt, optimizer, stage=stage, world=mesh.replicas, precision=options.precision)
 
 
 def checkpoints(options: argparse.Namespace, **run: Any) -> mz.CheckpointManager | None:
@@ -201,16 +129,18 @@ def checkpoints(options: argparse.Namespace, **run: Any) -> mz.CheckpointManager
 
 def train(
     model: nn.Module,
+    gpt: GPT,
     optimizer: torch.optim.Optimizer,
     data: Windows,
     options: argparse.Namespace,
-    world: mz.World,
+    mesh: mz.Mesh,
     report: Reporter,
 ) -> None:
-    """The loop that a single process would run, but for the lines with ``mz``."""
-    device = torch.device(world.device.name)
+    """The loop that a single process would run, but for the lines with ``mz`` or the mesh."""
+    device = torch.device(mesh.world.device.name)
     rate = schedule(optimizer, options.steps)
-    loader = mz.shard(data, batch_size=options.batch_size, seed=options.seed)
+    pipeline = hybrid.Pipeline(model, mesh, options.micro_batches) if mesh.pp.size > 1 else None
+    loader = mz.shard(data, batch_size=options.batch_size, seed=options.seed, world=mesh.dp)
     manager = checkpoints(options, model=model, optimizer=optimizer, scheduler=rate, loader=loader)
     first = manager.restore_latest() if manager and options.resume else None
     if first is not None:
@@ -219,14 +149,19 @@ def train(
     # Replicas keep float32 parameters and compute in 16 bits; under ZeRO the model itself is cast.
     autocast = options.strategy == "ddp" and options.precision == "bf16"
     for step, windows in zip(range(first or 0, options.steps), endless(loader), strict=False):
+        windows = windows.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = loss_of(model, windows.to(device))
-        loss.backward()
+            if pipeline:
+                loss = pipeline.step(*own_stretch(windows, mesh))
+            else:
+                loss = loss_of(model, gpt, windows, mesh)
+        if not pipeline:
+            loss.backward()
         mz.clip_grad_norm_(model, 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-        report.step(mz.mean(loss), windows[:, 1:].numel() * world.size)
+        report.step(mz.mean(loss), windows[:, 1:].numel() * mesh.dp.size)
         if manager:
             manager.step(step + 1)
     if manager:
@@ -235,28 +170,33 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Windows, batch_size: int, world: mz.World) -> float:
-    """The loss over all windows, of which every rank takes its part."""
-    own = [data[index] for index in range(world.rank, len(data), world.size)]
+def evaluate(model: nn.Module, gpt: GPT, data: Windows, batch_size: int, mesh: mz.Mesh) -> float:
+    """The loss over all windows, of which every replica takes its part."""
+    own = [data[index] for index in range(mesh.dp.rank, len(data), mesh.dp.size)]
     total = 0.0
     for start in range(0, len(own), batch_size):
-        windows = torch.stack(own[start : start + batch_size]).to(world.device.name)
-        total += loss_of(model, windows).item() * len(windows)
-    sums = mz.sum({"loss": total, "windows": len(own)})
+        windows = torch.stack(own[start : start + batch_size]).to(mesh.world.device.name)
+        total += loss_of(model, gpt, windows, mesh).item() * len(windows)
+    sums = mz.sum({"loss": total, "windows": len(own)}, world=mesh.replicas)
     return float(sums["loss"] / sums["windows"])
 
 
 @torch.no_grad()
-def generate(model: nn.Module, length: int, prompt: bytes, count: int, seed: int) -> str:
-    """Let the model go on from ``prompt`` for ``count`` bytes; it sees the last ``length``.
+def generate(
+    model: nn.Module, gpt: GPT, prompt: bytes, count: int, seed: int, mesh: mz.Mesh
+) -> str:
+    """Let the model go on from ``prompt`` for ``count`` bytes; it sees the last of its context.
 
     On all ranks alike: a model may need them all.
     """
+    if mesh.sp.size > 1:
+        hybrid.share_nothing(gpt)  # such short texts each rank has as a whole
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(count):
-        context = torch.tensor([tokens[-length:]], device=next(model.parameters()).device)
-        chances = F.softmax(model(context)[0, -1].cpu() / 0.8, dim=0)
+        context = torch.tensor([tokens[-gpt.context :]], device=mesh.world.device.name)
+        guesses = hybrid.forward(model, gpt, context, mesh.pp)
+        chances = F.softmax(guesses[0, -1].cpu() / 0.8, dim=0)
         tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
     text = bytes(tokens).decode(errors="replace")
     # Not what would steer a terminal.
@@ -271,15 +211,18 @@ def main() -> None:
     training, held_out = split(text, options.context)
     torch.manual_seed(options.seed)
     gpt = GPT(options.layers, options.heads, options.width, options.context)
-    model, optimizer = distribute(gpt.to(world.device.name), options)
+    count = sum(parameter.numel() for parameter in gpt.parameters())
+    mesh = mz.mesh(tp=options.tp, pp=options.pp, sp=options.sp)
+    model, optimizer = distribute(gpt.to(world.device.name), options, mesh)
 
     with Reporter(options, world) as report:
-        count = sum(parameter.numel() for parameter in gpt.parameters())
         report.say(f"{count:,} parameters, {len(text):,} bytes of text, {world.size} ranks")
-        train(model, optimizer, training, options, world, report)
-    loss = evaluate(model, held_out, options.batch_size, world)
+        if mesh.dp.size < world.size:
+            report.say(repr(mesh))
+        train(model, gpt, optimizer, training, options, mesh, report)
+    loss = evaluate(model, gpt, held_out, options.batch_size, mesh)
     memory = mz.memory_report(model, optimizer)
-    sample = generate(model, gpt.context, b"def ", 300, options.seed)
+    sample = generate(model, gpt, b"def ", options.sample, options.seed, mesh)
     verdict = "reached" if loss < TARGET else "not reached"
     report.say(f"\n{sample}\n\n{memory}\n")
     report.say(

@@ -10,7 +10,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``reduction``      summing blocks of memory
 ``collectives``    all-reduce and its kin: one file per algorithm, one that chooses
 ``progress``       asynchronous handles and the thread that overlaps
-``api``            ``init`` and ``World``: what users hold
+``api``            ``init``, ``World``, meshes: what users hold
 ``layout``         names and shapes in flat memory
 ``sharded``        named arrays of which every rank keeps 1/n
 ``optim``          optimizers on them, for training without a framework
@@ -29,7 +29,7 @@ Importing this package does not start MPI; ``init()`` does.
 from __future__ import annotations
 
 from mpizero import optim
-from mpizero.api import World, init
+from mpizero.api import Mesh, World, init, mesh
 from mpizero.errors import (
     ArgumentError,
     CheckpointError,
@@ -49,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "Handle",
     "LaunchError",
+    "Mesh",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
@@ -56,5 +57,6 @@ __all__ = [
     "ShardedState",
     "World",
     "init",
+    "mesh",
     "optim",
 ]

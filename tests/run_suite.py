@@ -1,9 +1,11 @@
 """Run the tests with each given Python, alone and under its ``mpirun`` on several ranks.
 
-    python tests/run_suite.py [--ranks 1,2,3,4] [--timeout 900] PYTHON... [-- pytest's arguments]
+    python tests/run_suite.py [--ranks 1,2,3,4] [--workers 3] [--timeout 900] PYTHON...
+                              [-- pytest's arguments]
 
 One launch per Python and rank count, so that importing torch is paid once for all tests of a
-launch. On one rank, plain ``python`` runs the serial tests and those marked for one rank. All
+launch. On one rank, plain ``python`` runs the serial tests and those marked for one rank, by files
+on several workers, since many of them wait for a job that they have started. All
 launches are run, whatever the earlier ones said; a table at the end tells how each ended.
 Needs nothing but the standard library.
 """
@@ -11,6 +13,7 @@ Needs nothing but the standard library.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -47,6 +50,7 @@ class Launch:
 
     python: str
     ranks: int
+    workers: int = 1
     with_once: bool = True
 
     @property
@@ -63,6 +67,9 @@ class Launch:
         if self.ranks > 1:
             # Several ranks would write to one cache at once.
             pytest = [*mpirun_command(self.python, self.ranks), *pytest, "-p", "no:cacheprovider"]
+        elif self.workers > 1:
+            # By files, for tests that share a fixture; in their order: some early ones take long.
+            pytest += ["-n", str(self.workers), "--dist", "loadfile", "--no-loadscope-reorder"]
         return [*pytest, *arguments]
 
 
@@ -139,12 +146,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pythons", nargs="+", metavar="PYTHON")
     parser.add_argument("--ranks", default=",".join(map(str, RANK_COUNTS)))
+    workers = (os.cpu_count() or 1) + 1
+    parser.add_argument("--workers", type=int, default=workers, help="for the tests on one rank")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one launch")
     options = parser.parse_args(own)
     counts = [int(count) for count in options.ranks.split(",")]
 
     outcomes = [
-        run(Launch(str(Path(python).absolute()), ranks, number == 0), arguments, options.timeout)
+        run(
+            Launch(str(Path(python).absolute()), ranks, options.workers, number == 0),
+            arguments,
+            options.timeout,
+        )
         for number, python in enumerate(options.pythons)
         for ranks in counts
     ]

@@ -106,7 +106,9 @@ def test_data_parallel_with_unused_parameters_and_buffers(pair: Pair) -> None:
         model = DistributedDataParallel(
             Branches(), process_group=group, find_unused_parameters=True
         )
-        return [*parameters_after(model), *(b.float() for b in model.buffers())]
+        # Before the norm, a bias has no gradient but noise, which AdamW would make steps of.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return [*parameters_after(model, optimizer), *(b.float() for b in model.buffers())]
 
     same(pair, train)
 
@@ -194,6 +196,31 @@ def test_fully_shard(pair: Pair, reshard: bool) -> None:
         return parameters_after(model)
 
     same(pair, train)
+
+
+@several_ranks
+@pytest.mark.parametrize("how", ["allocated", "custom"])
+def test_fully_shard_from_node_shared_memory(pair: Pair, how: str) -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    def train(group: Any) -> list[torch.Tensor]:
+        model, mesh = network(), mesh_of(group)
+        for part in (model[0], model[2], model):
+            sharded: Any = fully_shard(part, mesh=mesh)
+            if group is not pair.ours:
+                continue
+            if how == "allocated":
+                sharded.set_allocate_memory_from_process_group_for_comm(True)
+            else:
+                sharded.set_custom_all_gather(collectives.ProcessGroupAllocAllGather(group))
+                sharded.set_custom_reduce_scatter(collectives.ProcessGroupAllocReduceScatter(group))
+        return parameters_after(model)
+
+    same(pair, train)
+    buffers = pair.ours._get_backend(torch.device("cpu"))._buffers
+    assert 0 < sum(map(len, buffers._buffers.values())) < 20  # used again, not made anew
+    memory = pair.ours.world._node_memory
+    assert all(memory.spot(each) >= 0 for of_size in buffers._buffers.values() for each in of_size)
 
 
 @several_ranks

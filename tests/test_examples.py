@@ -15,7 +15,7 @@ from support.launch import ROOT, mpirun
 pytestmark = pytest.mark.once
 
 TINY_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--context", "32"]
-TINY_GPT += ["--text", str(ROOT / "mpizero/api/world.py")]
+TINY_GPT += ["--sample", "20", "--text", str(ROOT / "mpizero/api/world.py")]
 
 # (program, options, the option for the batch size of a rank, one process's batch size)
 EXAMPLES = {
@@ -72,3 +72,31 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert sorted(whole) == list(range(STEPS))
     shutil.rmtree(folder / f"step-{STEPS:08}")
     assert losses("resumed.json", "--resume") == {step: whole[step] for step in range(6, STEPS)}
+
+
+# (options, ranks, replicas): one run begins under the first, and is gone on with under the others.
+MESHES = [
+    (["--tp", "2", "--strategy", "zero2"], 4, 2),
+    (["--pp", "2", "--strategy", "zero1"], 2, 1),
+    (["--sp", "2"], 2, 1),
+]
+
+
+@pytest.mark.timeout(300)
+def test_meshes_train_what_one_process_does_and_take_over_from_each_other(tmp_path: Path) -> None:
+    alone = {step["step"]: step["loss"] for step in run("gpt", 1, tmp_path)[0]["steps"]}
+    folder, file = tmp_path / "run", tmp_path / "mesh.json"
+    kept = ["--checkpoint-dir", str(folder), "--checkpoint-every", "4", "--resume"]
+    common = ["--steps", str(STEPS), "--seed", "3", "--json", str(file)]
+    first = 0
+    for options, ranks, replicas in MESHES:
+        size = ["--batch-size", str(8 // replicas)]
+        program = [str(ROOT / "examples/train_gpt.py"), *TINY_GPT, *options, *size]
+        result = mpirun(ranks, [*program, *common, *kept], timeout=110)
+        assert result.returncode == 0, result.stderr
+        found = json.loads(file.read_text())["steps"]
+        assert [step["step"] for step in found] == list(range(first, STEPS))
+        for step in found:
+            assert step["loss"] == pytest.approx(alone[step["step"]], rel=1e-5), options
+        shutil.rmtree(folder / f"step-{STEPS:08}")
+        first = 4

@@ -26,6 +26,7 @@ from mpizero.plan import (
     Ranks,
     Settings,
     fewest_ranks,
+    link_of,
     memory,
     plan,
     traffic,
@@ -221,3 +222,41 @@ def test_the_command(tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_refused(arguments: list[str], said: str) -> None:
     refused = CliRunner().invoke(main, ["plan", *arguments])
     assert refused.exit_code != 0 and said in refused.output
+
+
+@pytest.mark.once
+def test_a_link_is_known_by_what_was_measured_on_it(tmp_path: Path) -> None:
+    """Three nodes, 1 GB/s, 10 us for a message; "auto" takes longer to agree on the call."""
+    alpha, beta = 10e-6, 1e-9
+
+    def row(nbytes: int, algorithm: str, seconds: float) -> dict[str, Any]:
+        bandwidth = nbytes / seconds / 1e9
+        bus = bandwidth * 4 / 3
+        return {
+            "bytes": nbytes, "algorithm": algorithm, "microseconds": seconds * 1e6,
+            "algorithm_bandwidth": bandwidth, "bus_bandwidth": bus,
+        }  # fmt: skip
+
+    large = 4 / 3 * 2**26 * beta
+    rows = [row(4, "auto", 8 * alpha), row(4, "MPI", 4 * alpha), row(4, "ring", alpha)]
+    rows += [row(2**26, "auto", large), row(2**26, "MPI", 2 * large), row(2**26, "ring", large / 2)]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    assert link_of(file) == pytest.approx((1 / beta, alpha))
+    file.write_text("[]")
+    with pytest.raises(mpizero.ArgumentError, match="measured"):
+        link_of(file)
+
+
+@pytest.mark.once
+def test_units_are_gathered_one_by_one() -> None:
+    """Stage 3 without shared parameters: each unit travels by itself, twice, and is asked for."""
+    ranks, settings = Ranks(4), Settings(share=False)
+    few, many = (
+        traffic(Model(10**6, unit=10**6 // units, units=units), settings, ranks, 3)
+        for units in (1, 100)
+    )
+    assert many.network == few.network
+    assert many.parameters.messages == 100 * few.parameters.messages == 100 * 2 * (3 + 2 * 2)
+    assert traffic(Model(10**6, unit=10**4), settings, ranks, 3).messages == many.messages
+    assert model_of(f"{__name__}:build").units == 2 * DEPTH

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -149,31 +147,3 @@ def test_schedulers_tell_the_time_left(tmp_path: Path, monkeypatch: pytest.Monke
         )
     (tmp_path / "qstat").write_text("#!/bin/sh\nexit 1\n")
     assert time_left.seconds_left({"PBS_JOBID": "7"}) is None
-
-
-JOBS = sorted(Path(__file__).parents[1].glob("examples/jobs/*"))
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
-@pytest.mark.parametrize("status", [0, 75, 1])
-def test_job_scripts_start_again_what_has_left(script: Path, status: int, tmp_path: Path) -> None:
-    """With stand-ins for what starts programs and for the schedulers' commands."""
-    for name in ("srun", "mpiexec"):
-        stand_in(tmp_path, name, "started")
-        with (tmp_path / name).open("a") as file:
-            file.write(f"exit {status}\n")
-    for name in ("scontrol", "qsub"):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho again: {name} $*\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **launch_environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "12", "PBS_JOBID": "12.head", "PBS_O_WORKDIR": str(tmp_path),
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", str(script)], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "started" in done.stdout, done.stderr
-    again = re.search("again: (scontrol requeue 12|qsub .*/pbs.sh)$", done.stdout, re.MULTILINE)
-    assert bool(again) == (status == 75), done.stdout
-    assert done.returncode == (0 if status == 75 else status)

@@ -333,3 +333,20 @@ def test_in_order_a_call_may_block_on_one_rank_and_not_on_another(count: int) ->
         for at, array in enumerate(arrays):
             assert (array == total + at * world.size).all()
     part.close()
+
+
+@ranks
+@pytest.mark.parametrize("place", ["private", "shared"])
+def test_allgather_in_place(place: str) -> None:
+    world = mpizero.init()
+    count = 3000
+    whole = world.allocate(world.size * count, np.float32) if place == "shared" else None
+    whole = np.zeros(world.size * count, np.float32) if whole is None else whole
+    own = whole[world.rank * count : (world.rank + 1) * count]
+    own[...] = world.rank + 1
+    assert world.allgather(own, out=whole) is whole
+    expected = np.repeat(np.arange(1, world.size + 1, dtype=np.float32), count)
+    np.testing.assert_array_equal(whole, expected)
+    if world.size > 1:
+        with pytest.raises(mpizero.ArgumentError, match="out"):
+            world.allgather(whole[1 : 1 + count], out=whole)

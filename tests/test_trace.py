@@ -62,6 +62,53 @@ def test_a_step_is_on_the_timeline(tmp_path: Path, stage: int | None) -> None:
         assert summaries[rank].exposed > 0.25 and summaries[rank].caused < summaries[slow].caused
 
 
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("per_node", [None, "1"])
+def test_every_collective_has_its_size_and_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_node: str | None
+) -> None:
+    """Blocking ones, those that go by a plan from the second time on, and the engine's."""
+    if per_node is not None:  # the ranks are emulated nodes
+        monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", per_node)
+    folder, world = shared_folder(tmp_path), mz.init().split(0)
+    assert world is not None
+    layer = nn.Linear(8, 8)
+    plain = torch.optim.SGD(layer.parameters(), lr=0.1)
+    model, optimizer = mz.zero(layer, plain, 2, world=world)
+    able = world.algorithms("all_reduce")
+    small, large = np.ones(8, np.float32), np.ones(1 << 16, np.float32)
+    rows = np.ones((world.size, 4))
+    with mz.trace(folder):
+        for algorithm in ("auto", *able):
+            for array in (small, large, world.allocate(1 << 14, np.float32)):
+                for _ in range(2):
+                    world.allreduce(array, "max", algorithm=algorithm)
+        world.reduce_scatter(rows, algorithm="ring")
+        world.allgather(rows[0], algorithm="ring")
+        world.broadcast(small)
+        world.all_to_all(rows)
+        world.allreduce(large, asynchronous=True).wait()
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    world.close()
+    events = [e for e in read_events(folder) if e["ph"] == "X"]
+    mine = [e for e in events if e["pid"] == mz.init().rank and "args" in e]
+    calls = [e["args"] for e in mine if e["cat"] in ("blocking", "asynchronous")]
+    assert all("test_trace.py:" in e["args"]["line"] for e in mine if e["args"]["line"])
+    for call in calls:
+        assert call.get("algorithm") in (able if call["bytes"] else (None, *able)), call
+    for algorithm in able:
+        named = [each for each in calls if f"max, {algorithm})" in each["call"]]
+        assert len(named) == 6 and {each["algorithm"] for each in named} == {algorithm}
+        assert {each["bytes"] for each in named} == {32, 1 << 18, 1 << 16}
+    auto = [each for each in calls if "max, auto)" in each["call"]]
+    assert len(auto) == 6 and auto[0]["algorithm"] == auto[1]["algorithm"]
+    ours = [each for each in calls if "(" not in each["call"]]
+    assert any("the gradients from" in e["call"] and e["bytes"] for e in ours)
+    ends = [each for each in ours if "of a backward pass" in each["call"]]
+    assert len(ends) == 2 and all(each["bytes"] and each["algorithm"] for each in ends)
+
+
 @pytest.mark.parallel([2, 4])
 def test_one_trace_at_a_time_and_nothing_without(tmp_path: Path) -> None:
     folder = shared_folder(tmp_path)

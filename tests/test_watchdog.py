@@ -70,7 +70,7 @@ def test_a_rank_that_does_not_come_is_named_and_the_job_ends(how: str) -> None:
     assert re.search(r"missing: rank 1 \(pid \d+ on .*last did allreduce\(float32, .*call 5", error)
     assert ("is stopped" in error) == (how == "stopped")
     of_rank_1 = error[error.index("  rank 1, Python stacks") :]
-    assert re.search(r'File "<string>", line 12 in train', of_rank_1), error
+    assert re.search(r'MainThread.*:\n +File "<string>", line 12 in train', of_rank_1), error
 
 
 def test_a_rank_that_leaves_early_is_found_long_before_the_time_is_up() -> None:
@@ -148,6 +148,32 @@ def test_a_running_job_may_be_asked_and_goes_on(asked_by: str) -> None:
         assert "mpizero: " not in error  # the job's own watchdogs left it to the command
 
 
+def test_a_rank_whose_threads_run_survives_being_asked() -> None:
+    """Frames that go while they are read have crashed ranks."""
+    program = """
+import os, subprocess, sys, threading, time
+import mpizero
+
+world = mpizero.init()
+if world.rank == 1:
+    def deep(n):
+        return deep(n - 1) if n else [i for i in range(3)]
+    def work():
+        while True:
+            deep(30)
+            exec("def f(): return 1")
+    threading.Thread(target=work, daemon=True).start()
+    shots = f"import os, time\\nfor _ in range(20000): os.kill({os.getpid()}, 12); time.sleep(1e-4)"
+    asking = subprocess.Popen([sys.executable, "-c", shots])
+    while asking.poll() is None:
+        time.sleep(1e-3)  # without Python's lock
+    assert asking.returncode == 0
+world.barrier()
+"""
+    result = mpirun(2, program, timeout=40)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_job_that_is_not_there_is_said_to_be_none() -> None:
     answer = subprocess.run(
         [sys.executable, "-c", INSPECT, "inspect", "nowhere"],
@@ -204,6 +230,13 @@ def test_a_call_to_which_all_have_come_may_go_on() -> None:
     views = [view(rank, made("a", 3)) for rank in range(3)]
     assert stuck_calls(views)[0].missing == () and hopeless(views, 3) == ""
     assert "data is moving" in report("asked", views)
+
+
+def test_a_rank_that_is_stopped_within_a_call_is_told() -> None:
+    views = [view(0, made("a", 3)), view(1, made("a", 3), state="stopped"), view(2, made("a", 3))]
+    text = report("asked", views)
+    assert "in it, rank 1 (pid 101 on n1) is stopped" in text
+    assert "all of its ranks have come" in text and "data is moving" not in text
 
 
 def test_sub_worlds_wait_for_their_own_ranks_only() -> None:

@@ -30,11 +30,13 @@ from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.elastic_state import ElasticState
 from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
+from mpizero_torch.mesh import Mesh, mesh
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.timeline import trace
+from mpizero_torch.ulysses import SequenceParallelAttention, stretch
 from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ = [
     "ElasticState",
     "LaunchError",
     "MemoryReport",
+    "Mesh",
     "MismatchError",
     "MpizeroError",
     "PreemptionGuard",
     "RankDiedError",
+    "SequenceParallelAttention",
     "ShardedLoader",
     "ShardedModule",
     "ShardedOptimizer",
@@ -68,8 +72,10 @@ __all__ = [
     "load",
     "mean",
     "memory_report",
+    "mesh",
     "save",
     "shard",
+    "stretch",
     "sum",
     "trace",
     "verify",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
+from mpizero_torch import slices
 from mpizero_torch.sharding.module import ShardedModule
+from mpizero_torch.wrapper import DistributedModule
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -16,36 +19,86 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
     Returns the norm before scaling (a scalar tensor, the same on every rank); tied parameters count
     once. Replicas have the same gradients after backward, so nothing is sent for them; under
-    sharding it is collective, and the norm is that of the whole gradients.
+    sharding, and where a mesh cuts the model up, it is collective, and the norm is that of the
+    whole model's gradients: slices of a parameter are put together, what several ranks hold counts
+    once.
     """
-    if not isinstance(model, ShardedModule):
+    if not isinstance(model, DistributedModule) or not _is_cut(model):
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
-    gradients = model.own_gradients()
+    gradients = own_gradients(model)
     norm = _global_norm(model, gradients, float(norm_type))
     scale = min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else max_norm / norm
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
-    return torch.tensor(norm, dtype=torch.float32, device=model.state.device)
+    return torch.tensor(norm, dtype=torch.float32, device=model.world.device.name)
 
 
 def clip_grad_value_(model: nn.Module, clip_value: float) -> None:
     """Limit each element of the gradients of ``model`` to [-clip_value, clip_value]."""
-    if not isinstance(model, ShardedModule):
+    if not isinstance(model, DistributedModule):
         torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)
         return
-    for gradient in model.own_gradients():
+    for gradient in own_gradients(model):
         gradient.clamp_(-clip_value, clip_value)
 
 
-def _global_norm(model: ShardedModule, gradients: list[torch.Tensor], norm_type: float) -> float:
-    """Of all ranks' shards; copies of a shard on other ranks count once."""
-    speaks = model.state.group.is_holder
+def own_gradients(model: DistributedModule) -> list[torch.Tensor]:
+    """The memory of gradients on this rank: its shards, or its parts of the parameters'."""
+    if isinstance(model, ShardedModule):
+        return model.own_gradients()
+    found = (slices.local_gradient(parameter) for parameter in model.parameters())
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _is_cut(model: DistributedModule) -> bool:
+    """Has this rank, or torch, less than all of each gradient?"""
+    return (
+        isinstance(model, ShardedModule)
+        or model.world.mesh is not None
+        or any(slices.is_slice(parameter) for parameter in model.parameters())
+    )
+
+
+def _global_norm(
+    model: DistributedModule, gradients: list[torch.Tensor], norm_type: float
+) -> float:
+    """Of all ranks' parts; copies of a part on other ranks count once."""
+    parts = model.world if isinstance(model, ShardedModule) else None  # cut by data parallelism
+    mesh = model.world.mesh
+    cuts = [world for world in (parts, mesh.model if mesh else None) if world is not None]
     if norm_type == math.inf:
-        own = max((float(each.abs().max()) for each in gradients), default=0.0)
-        return float(model.world.allreduce(own, "max"))
-    if norm_type == 2.0:
-        own = model.own_squares()
-    else:
-        own = sum(float(each.double().abs().pow(norm_type).sum()) for each in gradients)
-    total = model.world.allreduce(np.float64(own if speaks else 0.0))
+        most = max((float(each.abs().max()) for each in gradients if each.numel()), default=0.0)
+        for world in cuts:
+            most = float(world.allreduce(most, "max"))
+        return most
+    total = np.float64(_own_power(model, norm_type))
+    for world in cuts:
+        total = world.allreduce(total)
     return math.pow(total, 1 / norm_type)
+
+
+def _own_power(model: DistributedModule, norm_type: float) -> float:
+    """The sum of this rank's gradients' powers, of those for which it speaks."""
+    counts = model.counts
+    if isinstance(model, ShardedModule):
+        if not model.state.group.is_holder:
+            return 0.0
+        if norm_type == 2.0 and all(counts):
+            return model.own_squares()
+    return sum(
+        float(each.double().abs().pow(norm_type).sum()) for each in _spoken_for(model, counts)
+    )
+
+
+def _spoken_for(model: DistributedModule, counts: list[bool]) -> Iterator[torch.Tensor]:
+    """This rank's gradients, without what another rank along the model's axes speaks for."""
+    if isinstance(model, ShardedModule):
+        for run in model.optimizer.runs:
+            for piece in run.pieces if run.has_gradient else ():
+                if counts[piece.index]:
+                    yield run.gradient.reshape(-1)[piece.place]
+        return
+    for (_, parameter), counted in zip(model.named, counts, strict=True):
+        gradient = slices.local_gradient(parameter)
+        if counted and gradient is not None:
+            yield gradient

@@ -9,9 +9,9 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec
-from mpizero_torch import batch_weight, tensors
+from mpizero_torch import batch_weight, slices, tensors
 from mpizero_torch.replica_hooks import ReplicaHooks
-from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.replicate import Buffers, start_alike
 from mpizero_torch.runtime import init
 from mpizero_torch.wrapper import DistributedModule
 
@@ -32,7 +32,7 @@ class DistributedDataParallel(DistributedModule):
     Parameters
     ----------
     module : the module; its parameters on one device, this rank's.
-    world : the ranks; ``mz.init()``'s by default.
+    world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
     broadcast_buffers : keep buffers as rank 0's.
     bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
     overlap : average while backward runs (where there are cores or a GPU for it) or at its end.
@@ -73,11 +73,12 @@ class DistributedDataParallel(DistributedModule):
         ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
         self._named = [(n, p) for n, p in module.named_parameters() if n not in ignored]
         named_buffers = [(n, b) for n, b in module.named_buffers() if n not in ignored]
+        slices.check(_NAME, [*self._named, *named_buffers], self.world)
         self.world.agree(
             [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in [*self._named, *named_buffers]],
             "parameters and buffers",
         )
-        broadcast_tensors([t for _, t in [*self._named, *named_buffers]], self.world, root=0)
+        start_alike([t for _, t in [*self._named, *named_buffers]], self.world)
         self._buffers_in_sync = Buffers(module, ignored) if broadcast_buffers else None
         self._watch_parameters()
 
@@ -89,7 +90,7 @@ class DistributedDataParallel(DistributedModule):
 
     def _watch_parameters(self) -> None:
         """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
-        if self.world.size == 1 and self._stated is None:
+        if self.world.size == 1 and self._stated is None and not self.tied.names:
             return
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
         if self._hooks is None or are_trainable != self._were_trainable:
@@ -119,7 +120,10 @@ class DistributedDataParallel(DistributedModule):
         device = next(iter(devices))
         return GradientReducer(
             self.world,
-            [ParameterSpec(n, tuple(p.shape), tensors.numpy_dtype(p.dtype)) for n, p in trainable],
+            [
+                ParameterSpec(n, tuple(slices.local(p).shape), tensors.numpy_dtype(p.dtype))
+                for n, p in trainable
+            ],
             lambda count, dtype: tensors.zeros(self.world, count, dtype, device),
             bucket_bytes=self._bucket_bytes,
             overlap=self._overlap,

@@ -32,6 +32,9 @@ class Owner(Protocol):
     _stated: Weight | None
     _buffers_in_sync: Buffers | None
 
+    def _check_pass(self) -> None:
+        """May a backward pass begin?"""
+
 
 class BackwardHooks(ABC):
     """Tells a reducer of backward passes; what becomes of gradients is for those who derive."""
@@ -102,6 +105,16 @@ class BackwardHooks(ABC):
             )
         self._in_backward = False
 
+    def average_kept(self) -> None:
+        """Average what earlier passes have left on this rank, without a pass of its own."""
+        buffers = self._owner._buffers_in_sync
+        self._reducer.open_kept(buffers is not None and buffers.changed())
+        self._average()
+
+    @abstractmethod
+    def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """This rank's part of a parameter's gradient that stayed here, or None."""
+
     def shadow(self) -> bool:
         """Take part in one pass of the other ranks; False if there is none any more."""
         anywhere = self._reducer.shadow()
@@ -150,6 +163,7 @@ class BackwardHooks(ABC):
         """Enter a backward pass, once."""
         if self._in_backward:
             return
+        self._owner._check_pass()
         self._in_backward = True
         self._span = recorder().begin_span("backward")
         # The engine's own way to run something at the end of backward; torch's DDP uses it too.

@@ -14,6 +14,7 @@ from torch import nn
 from mpizero import ArgumentError, MismatchError, MpizeroError, World
 from mpizero.diagnostics.views import name
 from mpizero.engine import SHARDED
+from mpizero_torch import slices
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer
 from mpizero_torch.wrapper import DistributedModule
@@ -30,16 +31,26 @@ def assert_in_sync(
     Compares a hash (BLAKE2, 64 bits) of each parameter and buffer, and with ``optimizer`` of its
     state and settings (learning rates, ...). The error names the first that differs, which ranks
     hold what, and by how much. Of a sharded model what is sharded is nobody else's and is left out:
-    the parameters under stage 3 without shared memory, and the optimizer's state. Collective; reads
-    everything once, so about a second for each GB.
+    the parameters under stage 3 without shared memory, and the optimizer's state. What ranks along
+    a mesh's tensor axis hold whole is compared over them too. Collective; reads everything once,
+    so about a second for each GB.
 
     ``model`` may be wrapped or not; ``world``: the ranks, by default the wrapped model's.
     """
     if world is None:
         world = model.world if isinstance(model, DistributedModule) else init()
+    found = {key: _own(value) for key, value in _replicated(model, optimizer)}
+    _compare(world, found)
+    mesh = world.mesh
+    if mesh is not None and world is mesh.replicas:
+        # What tensor parallelism has not cut up is computed by each rank along its axis by itself.
+        whole = {key: each for key, each in _replicated(model, None) if not slices.is_slice(each)}
+        _compare(mesh.tp, whole)
+
+
+def _compare(world: World, found: dict[str, Any]) -> None:
     if world.size == 1:
         return
-    found = dict(_replicated(model, optimizer))
     world.agree([f"{key}: {_form(value)}" for key, value in found.items()], "what is to be in sync")
     own = np.array([_hash(value) for value in found.values()], np.uint64)
     everyones = world.allgather(own.reshape(1, -1))
@@ -120,6 +131,10 @@ def _replicated(
             key = names.get(id(parameter), "a parameter that is not the model's")
             for what, value in sorted(optimizer.state.get(parameter, {}).items()):
                 yield f"the optimizer's {what} of {key}", value
+
+
+def _own(value: Any) -> Any:
+    return slices.local(value) if isinstance(value, torch.Tensor) else value
 
 
 def _form(value: Any) -> str:

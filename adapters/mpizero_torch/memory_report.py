@@ -12,10 +12,12 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.plan import State, part_of_rank
+from mpizero_torch import slices
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.wrapper import DistributedModule
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
     its own). Activations are not counted: they come and go with the batch. The formula (ZeRO,
     arXiv 1910.02054, sections 3 and 5): of parameters, gradients and optimizer state, those that
     the stage shards are divided by the number of ranks that share them; parameters in node-shared
-    memory by the ranks of the node. Raises ArgumentError for an optimizer of another model.
+    memory by the ranks of the node. Of a mesh all ranks take part: ``elements`` are the whole
+    model's, and a rank's bytes those of its slices and its stage. Raises ArgumentError for an
+    optimizer of another model.
     """
     if isinstance(model, ShardedModule):
         if optimizer is not None and optimizer is not model.optimizer:
@@ -92,8 +96,17 @@ def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
         state = own.optimizer_state
         whole = State(own.parameters, own.parameters, 0, state)
         formula = part_of_rank(whole, stage=0, parts=1).total if state else None
-    elements = sum(parameter.numel() for parameter in model.parameters())
+    elements = _elements(model, world)
     return _combine(world, strategy, elements, own, common, whole_buffers, formula)
+
+
+def _elements(model: nn.Module, world: World) -> int:
+    """Of the whole model, whatever axes of a mesh have cut it up."""
+    if not isinstance(model, DistributedModule) or world.mesh is None:
+        return sum(parameter.numel() for parameter in model.parameters())
+    own = [slices.box(parameter).count for _, parameter in model.named]
+    spoken_for = sum(n for n, counted in zip(own, model.counts, strict=True) if counted)
+    return int(world.mesh.model.allreduce(spoken_for))
 
 
 def _combine(
@@ -105,25 +118,28 @@ def _combine(
     reachable: int,
     formula: float | None,
 ) -> MemoryReport:
-    """``common``: bytes that the node has once; ``reachable``: a rank's that others can read."""
-    ranks = world.local_size
-    rank = Held(own.parameters + common // ranks, own.gradients, own.optimizer_state, own.buffers)
-    sums = np.array([*(getattr(own, f.name) for f in fields(Held)), reachable, _pss() or 0])
-    totals = world.node.allreduce(sums.astype(np.int64))
-    totals[0] += common
+    """``common``: bytes that ``world`` has once a node; ``reachable``: that others can read too."""
+    everyone = world if world.mesh is None else world.mesh.world
+    part = common // world.local_size
+    rank = Held(own.parameters + part, own.gradients, own.optimizer_state, own.buffers)
+    once = common if world.local_rank == 0 else 0
+    sums = np.array([*(getattr(own, f.name) for f in fields(Held)), reachable + once, _pss() or 0])
+    sums[0] += once
+    totals = everyone.node.allreduce(sums.astype(np.int64))
     node = Held(*(int(each) for each in totals[:4]))
-    largest = world.allreduce(
+    largest = everyone.allreduce(
         np.array([*(getattr(h, f.name) for h in (rank, node) for f in fields(Held)),
-                  int(totals[4]) + common, int(totals[5])], np.int64), "max",
+                  int(totals[4]), int(totals[5])], np.int64), "max",
     )  # fmt: skip
     kernel = int(largest[9])
+    most = everyone.allreduce(np.float64(-1.0 if formula is None else formula), "max")
     return MemoryReport(
         strategy,
         elements,
         Held(*map(int, largest[:4])),
         Held(*map(int, largest[4:8])),
         int(largest[8]),
-        formula,
+        None if most < 0 else float(most),
         kernel or None,
     )
 
@@ -146,10 +162,8 @@ def _of_sharded(model: ShardedModule) -> tuple[Held, int, int, str]:
 
 
 def _of_replica(model: nn.Module, optimizer: Any) -> tuple[Held, int, str]:
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    gradients = sum(
-        p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None
-    )
+    parameters = sum(slices.local(p).nbytes for p in model.parameters())
+    gradients = sum(slices.local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
     strategy, reachable = "one process", 0
     if isinstance(model, DistributedDataParallel):
         strategy = "replicas"
@@ -186,7 +200,7 @@ def _formula_sharded(model: ShardedModule) -> float | None:
 def _state_bytes(optimizer: Any) -> int:
     inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
     return sum(
-        value.numel() * value.element_size()
+        slices.local(value).nbytes
         for values in inner.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor)
@@ -194,7 +208,7 @@ def _state_bytes(optimizer: Any) -> int:
 
 
 def _buffer_bytes(model: nn.Module) -> int:
-    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    return sum(slices.local(buffer).nbytes for buffer in model.buffers())
 
 
 def _pss() -> int | None:

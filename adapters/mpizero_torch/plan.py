@@ -48,6 +48,7 @@ def model_of(name: str, precision: str = "fp32") -> Model:
         tensors=len(counts),
         largest=max(counts),
         unit=max(sum(p.numel() for p in parameters) for _, _, parameters in units),
+        units=len(units),
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         activation_bytes=activations,
         flops=flops,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mpizero.engine import GradientReducer
-from mpizero_torch import tensors
+from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
 
 
@@ -27,6 +28,7 @@ class ReplicaHooks(BackwardHooks):
         make_reducer: Callable[[Callable[[Sequence[int]], None]], GradientReducer],
     ) -> None:
         self._names = [name for name, _ in named]
+        self._any_cut = any(slices.is_slice(parameter) for _, parameter in named)
         super().__init__(owner, make_reducer(self._fill))
         self.watch(list(enumerate(parameter for _, parameter in named)))
         self._see_views()
@@ -34,6 +36,9 @@ class ReplicaHooks(BackwardHooks):
     @property
     def bucket_bytes(self) -> int:
         return sum(int(bucket.flat.nbytes) for bucket in self._reducer.pieces)
+
+    def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        return slices.local_gradient(parameter)
 
     def _any_kept(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
@@ -48,16 +53,19 @@ class ReplicaHooks(BackwardHooks):
         bucket in one call, where accumulating into zeroed buckets would read and write them twice
         more.
         """
-        views, gradients = [], []
+        views: list[torch.Tensor] = []
+        gradients: list[Any] = []
         for index in members:
             parameter, view = self._parameters[index], self._views[index]
             gradient = parameter.grad
             if gradient is view or gradient is None:
                 continue
             check_dense(gradient, self._names[index])
+            if self._any_cut:
+                view, gradient = slices.local(view), slices.local_gradient(parameter)
             views.append(view)
             gradients.append(gradient)
-            parameter.grad = view
+            parameter.grad = self._views[index]
         if views:
             torch._foreach_copy_(views, gradients)
 
@@ -73,5 +81,6 @@ class ReplicaHooks(BackwardHooks):
     def _see_views(self) -> None:
         self._generation = self._reducer.generation
         self._views = [
-            tensors.as_tensor(self._reducer.view(index)) for index in range(len(self._parameters))
+            slices.wrap(tensors.as_tensor(self._reducer.view(index)), parameter)
+            for index, parameter in enumerate(self._parameters)
         ]

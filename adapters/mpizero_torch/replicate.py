@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mpizero import World
+from mpizero_torch import slices
 
 # Small tensors travel together, up to this size; larger ones by themselves, without a copy.
 _PACK_BYTES = 4 << 20
@@ -18,7 +19,7 @@ def broadcast_tensors(tensors: Sequence[torch.Tensor], world: World, root: int) 
     """Give every rank the root's values, in place. Collective."""
     if world.size == 1:
         return
-    for pack in _packs(tensors):
+    for pack in packs(slices.local(tensor) for tensor in tensors):
         if len(pack) == 1:
             world.broadcast(pack[0].detach(), root)
             continue
@@ -30,7 +31,15 @@ def broadcast_tensors(tensors: Sequence[torch.Tensor], world: World, root: int) 
                 tensor.copy_(value.view_as(tensor))
 
 
-def _packs(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def start_alike(tensors: Sequence[torch.Tensor], world: World) -> None:
+    """Give every replica rank 0's values, and what is not cut up to all of a mesh's tensor axis."""
+    if world.mesh is not None:
+        whole = [tensor for tensor in tensors if not slices.is_slice(tensor)]
+        broadcast_tensors(whole, world.mesh.tp, root=0)
+    broadcast_tensors(tensors, world, root=0)
+
+
+def packs(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Tensors of one dtype and device, packed in order up to the size that one message takes."""
     packs: list[list[torch.Tensor]] = []
     open_packs: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], int]] = {}

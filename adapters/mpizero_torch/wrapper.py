@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from mpizero import World
+from mpizero import MpizeroError, World
 from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
-from mpizero_torch import batch_weight
+from mpizero_torch import batch_weight, slices
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.tied_stages import TiedStages
 
 
 class DistributedModule(nn.Module):
@@ -31,6 +32,7 @@ class DistributedModule(nn.Module):
         self._named: list[tuple[str, nn.Parameter]] = []
         self._were_trainable: list[bool] = []
         self._buffers_in_sync: Buffers | None = None
+        self.tied = TiedStages(list(module.named_parameters()), world)
         self.register_load_state_dict_pre_hook(_restore_prefix)  # type: ignore[no-untyped-call]
 
     @abstractmethod
@@ -60,6 +62,22 @@ class DistributedModule(nn.Module):
             yield
         finally:
             self._synchronise = before
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """The backward passes in this context are one: their gradients' sum is averaged at its end.
+
+        For a pipeline's schedule, which runs the micro-batches' passes by itself; each of their
+        losses is to be divided by how many there are, as torch's schedules do. Collective at the
+        end. Parameters that several stages hold are summed over these. If the context ends with an
+        exception nothing is averaged.
+        """
+        with self.no_sync():
+            yield
+        self._watch_parameters()
+        if self._hooks is not None:
+            self.tied.sum([parameter for _, parameter in self._named], self._hooks.kept)
+            self._hooks.average_kept()
 
     def weigh(self, weight: float) -> None:
         """State how much this rank's next backward pass counts (tokens, samples; 0 for nothing).
@@ -115,6 +133,22 @@ class DistributedModule(nn.Module):
         raise TypeError(_COPY.format("pickled"))
 
     @property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are kept equal or sharded over the ranks, by name."""
+        return list(self._named)
+
+    @property
+    def counts(self) -> list[bool]:
+        """For each parameter: does this rank speak for its part, along the axes of a mesh?
+
+        Of the ranks that hold the same part of it, and see the same data, one does.
+        """
+        return [
+            slices.copy_number(parameter, self.world) == 0 and index not in self.tied.later
+            for index, (_, parameter) in enumerate(self._named)
+        ]
+
+    @property
     def _steps(self) -> int:
         return self._hooks.steps if self._hooks is not None else 0
 
@@ -128,6 +162,15 @@ class DistributedModule(nn.Module):
             optimizer.step()
         self._forget_gradients()
         return True
+
+    def _check_pass(self) -> None:
+        """Raise MpizeroError if a pass that averages begins, whose gradients are not all here."""
+        if self._synchronise and self.tied.names:
+            raise MpizeroError(
+                f"backward(): '{self.tied.names[0]}' is also on another stage of the pipeline, "
+                "which finds the rest of its gradient. Run the passes of a step inside "
+                "`with model.accumulate():`, at whose end gradients are summed and averaged."
+            )
 
     def _forget_gradients(self) -> None:
         for _, parameter in self._named:

@@ -35,6 +35,7 @@ class Call:
     work: Callable[[Dispatch, Parts], Any]
     arrays: Sequence[Any] = ()
     stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
+    nbytes: int = 0  # how much that is, if not the arrays' size
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
     # Puts the first array's values there. To agree is to be ready: others may read them after that.
@@ -94,15 +95,16 @@ class Caller:
         def work() -> Any:
             if self._alone:
                 return carry_out(None)
-            nbytes = sum(each.nbytes for each in call.arrays)
+            nbytes = call.nbytes or sum(each.nbytes for each in call.arrays)
             if asynchronous and self._in_order:
                 at = lane.begin_behind(self._lanes.blocking, call.description, nbytes, line)
             else:
                 at = lane.begin(call.description, nbytes, line)
+            run.last_algorithm = ""
             try:
                 return carry_out(at)
             finally:
-                lane.end(at)
+                lane.end(at, run.last_algorithm)
 
         def carry_out(at: int | None) -> Any:
             if call.fill is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from mpizero import diagnostics
@@ -15,7 +16,7 @@ from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
-from mpizero.world.segments import unname_segments
+from mpizero.world.segments import remove_segments, unname_segments
 from mpizero.world.startup import load_mpi, start_mpi
 
 if TYPE_CHECKING:
@@ -55,8 +56,25 @@ def init(
     device = _bind(launch)
     if elastic:
         survival.prepare()
+    starts = comm is None and not load_mpi().Is_initialized()
+    with diagnostics.starting(launch, timeout) if starts else nullcontext():
+        return _start(launch, comm, device, timeout, elastic)
+
+
+def _start(
+    launch: Launch | None,
+    comm: MPI.Intracomm | None,
+    device: Device,
+    timeout: float | None,
+    elastic: bool,
+) -> World:
+    """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
     if comm is None:
-        comm = start_mpi(launch)
+        try:
+            comm = start_mpi(launch)
+        except LaunchError:
+            remove_segments(os.getpid())
+            raise
     mpi = load_mpi()
     if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
         raise ArgumentError("init()", "comm", repr(comm), "None or an mpi4py intracommunicator")
@@ -65,13 +83,15 @@ def init(
         _keyval = mpi.Comm.Create_keyval()
     world: World | None = comm.Get_attr(_keyval)
     if world is None or world.closed or elastic:
+        if not _worlds and comm.size > 1:
+            diagnostics.end_with_launcher(comm.rank)
+        install_abort_hooks(comm)  # first: a rank that fails from here on must not be waited for
         others = any(not known.closed for known in _worlds)
         world = reform.start(comm, device, others) if elastic else World(comm, device)
         unname_segments(world.node_comm)
         if not elastic:
             diagnostics.watch(world, timeout)
         diagnostics.trace_if_asked(world)
-        install_abort_hooks(comm)
         if not _worlds:
             atexit.register(_leave)
         _worlds[:] = [*(known for known in _worlds if not known.closed), world]

@@ -16,6 +16,8 @@ from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
 from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
+from mpizero.collectives.plans import Plan, Plans
+from mpizero.collectives.transport import cut_evenly
 from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import overlap
@@ -29,6 +31,8 @@ from mpizero.world.survival import lifeline, track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from mpizero.api.mesh import Mesh
 
 
 class World(RootedCalls, UnevenCalls, MessageCalls):
@@ -71,6 +75,7 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             in_order,
         )
         self.closed = False
+        self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
         self._parts: dict[str, World] = {}
         self._node: World | None = None
@@ -176,16 +181,14 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         if plans is not None and not asynchronous and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
             if plan is not None and x.flags.c_contiguous and x.flags.writeable:
-                in_order = self._in_order
-                if not in_order or self._worker.take_turn():
-                    lane = self._lanes.blocking
-                    at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+                if not self._in_order:
+                    self._repeat(plans, plan, x)
+                    return x
+                if self._worker.take_turn():
                     try:
-                        plans.carry_out(plan, x)
+                        self._repeat(plans, plan, x)
                     finally:
-                        lane.end(at)
-                        if in_order:
-                            self._worker.give_turn()
+                        self._worker.give_turn()
                     return x
         if isinstance(x, (numbers.Number, np.generic)):
             return self._reduce_scalar(x, op, asynchronous, algorithm)
@@ -205,6 +208,7 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             def work(run: Dispatch, parts: Parts) -> Any:
                 if plans is not None and plan is not None:
                     plans.carry_out(plan, target.flat)
+                    run.last_algorithm = plans.last_algorithm
                 else:
                     run.all_reduce(target.flat, combine, algorithm, parts)
                 return target.commit()
@@ -218,6 +222,15 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             )
 
         return self._caller.perform(prepare, asynchronous)
+
+    def _repeat(self, plans: Plans, plan: Plan, x: Any) -> None:
+        """An all-reduce like one that came before: all has been looked up."""
+        lane = self._lanes.blocking
+        at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+        try:
+            plans.carry_out(plan, x)
+        finally:
+            lane.end(at, plans.last_algorithm)
 
     def reduce_scatter(
         self,
@@ -267,14 +280,18 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
             target = self._target("allgather()", source, out, shape, own_part=True)
             self._caller.check_algorithm(algorithm, "all_gather")
 
+            in_place = self.size > 1 and overlap(source.flat, target.flat)
+            blocks = cut_evenly(target.flat.size, self.size)
+
             def work(run: Dispatch, parts: Parts) -> Any:
-                block = source.flat
-                if not (target.is_copy or source.is_copy) and overlap(block, target.flat):
-                    block = block.copy()  # MPI reads and writes no memory at a time
-                run.all_gather(block, target.flat, algorithm)
+                if in_place:
+                    run.gather_blocks(target.flat, blocks, parts)
+                else:
+                    run.all_gather(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(describe("allgather", source, algorithm), work, (source.array,))
+            what = describe("allgather", source, algorithm, *(["in place"] if in_place else []))
+            return Call(what, work, (target.flat if in_place else source.array,))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -393,15 +410,17 @@ class World(RootedCalls, UnevenCalls, MessageCalls):
         stream: int | None = None,
         *,
         sure: bool = True,
+        nbytes: int = 0,
     ) -> Handle:
         """Queue ``work`` behind the asynchronous operations: for the engine.
 
         The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
         it submits; ``what`` it is then gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
-        ``stream`` that fills them, or CuPy's current one.
+        ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
+        that is not their size; for timelines and reports.
         """
-        call = Call(what, work, arrays, stream)
+        call = Call(what, work, arrays, stream, nbytes=nbytes)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 

@@ -23,6 +23,7 @@ import numpy as np
 from mpizero.api import World
 from mpizero.checkpoint import tree
 from mpizero.checkpoint.background import PendingSave, carry_out
+from mpizero.checkpoint.box import Box, read_box
 from mpizero.checkpoint.export import export_safetensors
 from mpizero.checkpoint.folder import leftovers
 from mpizero.checkpoint.format import TensorSpec
@@ -33,6 +34,7 @@ from mpizero.sharded import ShardedState
 
 __all__ = [
     "LARGEST_FILE",
+    "Box",
     "Checkpoint",
     "Part",
     "PendingSave",
@@ -47,6 +49,7 @@ __all__ = [
     "leftovers",
     "load",
     "newest",
+    "read_box",
     "save",
     "shared_part",
     "tree",

@@ -8,6 +8,7 @@ from mpizero.cli.bench import bench
 from mpizero.cli.checkpoint import checkpoint
 from mpizero.cli.doctor import doctor
 from mpizero.cli.inspect import inspect
+from mpizero.cli.job import job
 from mpizero.cli.plan import plan_command
 from mpizero.cli.trace import trace
 from mpizero.cli.tune import tune
@@ -22,6 +23,7 @@ def main() -> None:
 main.add_command(bench)
 main.add_command(checkpoint)
 main.add_command(inspect)
+main.add_command(job)
 main.add_command(trace)
 main.add_command(plan_command)
 main.add_command(doctor)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
+from mpizero.cli.trace_plot import draw
 from mpizero.diagnostics.summary import RankSummary, read_events, summarise
 from mpizero.errors import ArgumentError
-
-_COLOURS = {
-    "forward": "tab:blue", "backward": "tab:orange", "optimizer": "tab:green",
-    "checkpoint": "tab:brown",
-}  # fmt: skip
 
 
 @click.group()
@@ -41,7 +36,7 @@ def summary(folder: Path, plot: Path | None, merge: Path | None, as_json: bool) 
     if merge is not None:
         merge.write_text(json.dumps({"traceEvents": events}))
     if plot is not None:
-        draw(events, plot)
+        draw(events, ranks, plot)
 
 
 def table(ranks: list[RankSummary]) -> str:
@@ -70,30 +65,3 @@ def table(ranks: list[RankSummary]) -> str:
             f"the others waited longest for rank {slowest.rank}: {slowest.caused:.3f} s in all"
         )
     return "\n".join(lines)
-
-
-def draw(events: list[dict[str, Any]], file: Path) -> None:
-    """All ranks below one another: the program's spans, and communication under them."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Rectangle
-
-    ranks = sorted({event["pid"] for event in events})
-    figure, axes = pyplot.subplots(figsize=(12, 1.2 + 0.8 * len(ranks)))
-    for event in events:
-        if event.get("ph") != "X":
-            continue
-        middle = -ranks.index(event["pid"]) + {0: 0.2, 1: -0.1, 2: -0.3}[event["tid"]]
-        colour = _COLOURS.get(event["name"], "tab:red" if event["tid"] else "tab:gray")
-        if event["cat"] == "wait":
-            colour = "lightgray"
-        axes.barh(middle, event["dur"] / 1e6, left=event["ts"] / 1e6, height=0.2, color=colour)
-    axes.set_yticks([-at for at in range(len(ranks))], [f"rank {rank}" for rank in ranks])
-    axes.set_xlabel("seconds")
-    names = {**_COLOURS, "communication": "tab:red", "waiting for others": "lightgray"}
-    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in names.values()]
-    axes.legend(handles, list(names), loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.15))
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)

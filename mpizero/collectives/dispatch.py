@@ -71,6 +71,8 @@ class Dispatch:
         self._cuda_aware = cuda_aware
         self._algorithms: dict[str, Algorithm] = {}
         self._node_shared: NodeShared | None = None
+        # By which algorithm the last collective went; "" where none was needed. For timelines.
+        self.last_algorithm = ""
         self.board: Board | None = None
         if comm.size > 1:
             # Made now, not when first asked for: making them is collective, asking is not.
@@ -301,13 +303,16 @@ class Dispatch:
             found = self._algorithms.get(name)
             if found is None or not found.offers(collective):
                 name = Native.name
+        self.last_algorithm = name
         return self._algorithms[name]
 
     def _for_blocks(self, array: Any) -> Algorithm:
         if self._size == 1:
             return _ALONE
         if self._node_shared is not None and not self._device.is_device_array(array):
+            self.last_algorithm = NodeShared.name
             return self._node_shared
+        self.last_algorithm = Ring.name
         return self._algorithms[Ring.name]
 
     def _gather(self, block: Any, out: Any, blocks: Sequence[slice], root: int) -> None:

@@ -70,7 +70,8 @@ class BySpot:
     fingerprint: int
     op: Operation
     shared: Algorithm
-    private: Callable[[Any], None]
+    private_one: Algorithm
+    private: Callable[[Any], None]  # prepared, by that one
     one_step: OneStep | None  # for private arrays that are small enough
     travels: bool  # other private data is shown with the agreement, too, and summed in two steps
     seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class Plans:
         self._memory = memory
         self._node = node
         self._plans: dict[Form, Plan] = {}
+        self.last_algorithm = ""  # as Dispatch.last_algorithm
 
     def find(self, array: Any, op: Any, algorithm: Any) -> Plan | None:
         """The plan for such an all-reduce, if there has been one."""
@@ -126,7 +128,7 @@ class Plans:
             else:
                 run = partial(private.all_reduce, op=op)
             travels = node and one_step is None and nbytes <= self._node.slot_bytes
-            plan = BySpot(description, mine, op, shared, run, one_step, travels)
+            plan = BySpot(description, mine, op, shared, private, run, one_step, travels)
         if len(self._plans) >= _MOST_PLANS:  # a program without habits: start over
             self._plans.clear()
         self._plans[array.dtype, array.shape, op.name, algorithm] = plan
@@ -135,6 +137,7 @@ class Plans:
     def carry_out(self, plan: Plan, array: Any) -> None:
         """All-reduce the contiguous ``array``, of the plan's size, in place."""
         if isinstance(plan, OneStep):
+            self.last_algorithm = NodeShared.name
             self._take_one_step(plan, array)
         else:
             self._go_by_spot(plan, array)
@@ -163,12 +166,14 @@ class Plans:
         elif spot == NOWHERE and plan.travels:
             shown = self._node.show(array.reshape(-1))
         common = self._agreement.compare(plan.fingerprint, spot, plan.description)
+        lies_shared = common is not None and common != NOWHERE
+        self.last_algorithm = (plan.shared if lies_shared else plan.private_one).name
         if common == NOWHERE and shown is not None:
             if plan.one_step is not None:
                 plan.one_step.reduce(shown, array)
             else:
                 self._node.all_reduce_shown(shown, array.reshape(-1), plan.op)
-        elif common is None or common == NOWHERE:
+        elif not lies_shared:
             plan.private(array.reshape(-1))
         elif plan.shared is self._node:
             self._node.all_reduce_slices(slices, plan.op)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from mpizero.diagnostics.lanes import Lanes
+from mpizero.diagnostics.orphans import end_with_launcher
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
 from mpizero.diagnostics.start import (
     recorder,
     spanned,
+    starting,
     stop_watching,
     trace,
     trace_if_asked,
@@ -20,9 +22,11 @@ __all__ = [
     "Lane",
     "Lanes",
     "Recorder",
+    "end_with_launcher",
     "recorded",
     "recorder",
     "spanned",
+    "starting",
     "stop_watching",
     "trace",
     "trace_if_asked",

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _QUESTION, _ANSWER = 1, 2
-_PATIENCE_SECONDS, _NAP_SECONDS = 4.0, 0.02
-_TRIES = 3  # ranks of a node that are asked, one after the other
+_PATIENCE_SECONDS, _NAP_SECONDS = 5.0, 0.02
+
+# Of a node that does not answer so soon another rank is asked, too; in all so many.
+_NEXT_TRY_SECONDS, _TRIES = 1.0, 3
 
 
 class OtherNodes:
@@ -36,7 +38,8 @@ class OtherNodes:
         self._sent: list[tuple[MPI.Request, bytes]] = []
 
     def answer(self) -> None:
-        """Answer the questions that have come."""
+        """Answer the questions that have come, also those of ranks of this node."""
+        self._node.answer()
         status = self._mpi.Status()
         while self._comm.iprobe(self._mpi.ANY_SOURCE, _QUESTION, status):
             number, with_stacks, ends = self._comm.recv(source=status.source, tag=_QUESTION)
@@ -55,20 +58,21 @@ class OtherNodes:
         number = time.monotonic_ns()  # tells the answers from late ones to an earlier question
         unheard = {node: ranks[:_TRIES] for node, ranks in enumerate(self._others)}
         node_of = {rank: node for node, ranks in enumerate(self._others) for rank in ranks}
-        while any(unheard.values()):
-            for ranks in unheard.values():
-                if ranks:
-                    self._send((number, with_stacks, ends), ranks.pop(0), _QUESTION)
-            deadline = time.monotonic() + _PATIENCE_SECONDS
-            while unheard and time.monotonic() < deadline:
-                self.answer()  # they may be asking us
-                status = self._mpi.Status()
-                if not self._comm.iprobe(self._mpi.ANY_SOURCE, _ANSWER, status):
-                    time.sleep(_NAP_SECONDS)
-                    continue
-                to, views = self._comm.recv(source=status.source, tag=_ANSWER)
-                if to == number and unheard.pop(node_of[status.source], None) is not None:
-                    found += views
+        begun = asked_again = time.monotonic()
+        while unheard and time.monotonic() - begun < _PATIENCE_SECONDS:
+            if time.monotonic() >= asked_again:
+                asked_again += _NEXT_TRY_SECONDS
+                for ranks in unheard.values():
+                    if ranks:
+                        self._send((number, with_stacks, ends), ranks.pop(0), _QUESTION)
+            self.answer()  # they may be asking us
+            status = self._mpi.Status()
+            if not self._comm.iprobe(self._mpi.ANY_SOURCE, _ANSWER, status):
+                time.sleep(_NAP_SECONDS)
+                continue
+            to, views = self._comm.recv(source=status.source, tag=_ANSWER)
+            if to == number and unheard.pop(node_of[status.source], None) is not None:
+                found += views
         silent = [rank for node in unheard for rank in self._others[node]]
         return found + [View(rank) for rank in silent]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpizero.diagnostics.node import NodeRecords
+from mpizero.diagnostics.process import parent_of
 from mpizero.diagnostics.record import NAME, Record
 from mpizero.diagnostics.views import View
 
@@ -87,15 +88,11 @@ def _candidates() -> Iterator[tuple[int, str]]:
 
 def _above(pid: int) -> list[int]:
     """The processes that started this one: the launcher, the shell."""
-    found = []
-    while pid > 1:
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            break
-        pid = int(text.rpartition(")")[2].split()[1])
+    found: list[int] = []
+    while pid > 1 and len(found) < 4:
+        pid = parent_of(pid)
         found.append(pid)
-    return found[:4]
+    return found
 
 
 def _scheduler_numbers(pid: int) -> set[str]:

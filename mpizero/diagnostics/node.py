@@ -58,6 +58,12 @@ class NodeRecords:
         found = stacks.collect(self.records, wake=wake)
         return [replace(view, stack=stack) for view, stack in zip(views, found, strict=True)]
 
+    def answer(self) -> None:
+        """If somebody wants this rank's stacks, show them."""
+        for record in self.records:
+            if record is not None and record.pid == os.getpid():
+                stacks.answer(record)
+
     @property
     def was_asked(self) -> bool:
         """Has somebody asked a rank for its stacks, by a signal from outside?"""

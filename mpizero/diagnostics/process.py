@@ -17,8 +17,13 @@ def state_of(pid: int) -> str:
     return {"T": STOPPED, "t": STOPPED, "Z": GONE, "X": GONE}.get(letter, RUNNING)
 
 
-def is_stopped(pid: int) -> bool:
-    return state_of(pid) == STOPPED
+def parent_of(pid: int) -> int:
+    """The process that has started it; 0 if there is none, or it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
 
 
 def oom_kills() -> int:

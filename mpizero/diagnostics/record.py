@@ -7,7 +7,8 @@ memory has no name that could be left behind, and goes with the last process tha
     header          counters and states, of 8 bytes each
     ring            the last calls: when they began, were agreed upon and ended, what and where
     texts           each description and line of code once; a call names them by their offset
-    stacks          Python stacks, which faulthandler writes at its own pace
+    stacks          of the main thread, which faulthandler writes at its own pace
+    answer          of all threads, which the rank's own watchdog writes when it is asked
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ RING_START = _HEADER_BYTES
 TEXT_START = RING_START + RING * _ENTRY_BYTES
 _TEXT_BYTES = 512 << 10
 STACK_START = TEXT_START + _TEXT_BYTES
-STACK_BYTES = 4 << 20  # takes memory as far as it is written
-NBYTES = STACK_START + STACK_BYTES
+STACK_BYTES = ANSWER_BYTES = 1 << 20  # take memory as far as they are written
+ANSWER_START = STACK_START + STACK_BYTES
+NBYTES = ANSWER_START + ANSWER_BYTES
 
 NAME = "mpizero-record"  # of the files, by which a job's processes are found
 MAGIC = 0x6D70697A65726F31
@@ -47,7 +49,10 @@ MAGIC = 0x6D70697A65726F31
     AT_NODE,  # the rank's node, counted
     AT_JOB,  # one number for all ranks of a job
     AT_ENDED_BY,  # 1 + a rank of another node that is about to report and end the job; 0: none
-) = range(12)
+    AT_ASKED,  # how often this rank has been asked for the stacks of all of its threads
+    AT_ANSWERED,  # the last of these questions that it has answered
+    AT_ANSWER_BYTES,
+) = range(15)
 
 # Fields of a call. Times are CLOCK_MONOTONIC, in ns, which all processes of a node have in common.
 NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES = range(FIELDS)
@@ -162,18 +167,43 @@ class Record:
     def stack_end(self) -> int:
         """How many bytes of stacks have been written."""
         start = STACK_START + int(self.header[AT_STACK_READ])
-        end = self.memory.find(b"\0", start)
-        return (NBYTES if end < 0 else end) - STACK_START
+        end = self.memory.find(b"\0", start, ANSWER_START)
+        return (ANSWER_START if end < 0 else end) - STACK_START
 
     @property
     def has_new_stacks(self) -> bool:
         """Have stacks been written that nobody has reported?"""
         at = STACK_START + int(self.header[AT_STACK_READ])
-        return at < NBYTES and self.memory[at] != 0
+        return at < ANSWER_START and self.memory[at] != 0
 
     def stacks(self, start: int, end: int) -> str:
         """What was written between two places of ``stack_end``."""
         return self.memory[STACK_START + start : STACK_START + end].decode(errors="replace")
+
+    def ask(self) -> int:
+        """Ask the rank for the stacks of its threads; the number of the question."""
+        self.header[AT_ASKED] += 1
+        return int(self.header[AT_ASKED])
+
+    @property
+    def asked(self) -> int:
+        """The number of the last question, if it is still open; 0 if none is."""
+        number = int(self.header[AT_ASKED])
+        return number if number > self.header[AT_ANSWERED] else 0
+
+    def give_answer(self, number: int, text: str) -> None:
+        """Answer all questions up to ``number``. For the process itself."""
+        data = text.encode(errors="replace")[:ANSWER_BYTES]
+        self.memory[ANSWER_START : ANSWER_START + len(data)] = data
+        self.header[AT_ANSWER_BYTES] = len(data)
+        self.header[AT_ANSWERED] = number
+
+    def answer(self, number: int) -> str | None:
+        """What the rank has answered to a question; None if it has not yet."""
+        if self.header[AT_ANSWERED] < number:
+            return None
+        end = ANSWER_START + int(self.header[AT_ANSWER_BYTES])
+        return self.memory[ANSWER_START:end].decode(errors="replace")
 
     def _made(self, row: list[int], now: int) -> Made:
         begun, ended = row[BEGUN], row[ENDED]

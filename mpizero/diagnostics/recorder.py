@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,15 +35,22 @@ from mpizero.diagnostics.record import (
     create_record,
 )
 
-# Whose frames are not the user's line of code: ours, and what lies between (torch's autograd).
+# Whose frames are not the user's line of code: ours, and what lies between (torch's autograd, the
+# standard library's context managers).
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
-_NOT_THE_USERS = (_PACKAGE, f"{os.sep}mpizero_torch{os.sep}", f"{os.sep}site-packages{os.sep}")
+_NOT_THE_USERS = (
+    *(_PACKAGE, f"{os.sep}mpizero_torch{os.sep}", f"{os.sep}site-packages{os.sep}"),
+    sysconfig.get_path("stdlib") + os.sep,
+)
 
 _clock, _pack = time.monotonic_ns, ENTRY.pack_into
 
 
 class Ended(NamedTuple):
-    """A call that has ended. Times are ``time.monotonic_ns``; ``agreed`` is 0 where not known."""
+    """A call that has ended. Times are ``time.monotonic_ns``; ``agreed`` is 0 where not known.
+
+    ``algorithm``: by which the data went, "" if none moved.
+    """
 
     what: str
     line: str
@@ -52,6 +60,7 @@ class Ended(NamedTuple):
     begun: int
     agreed: int
     ended: int
+    algorithm: str
 
 
 class Listener(Protocol):
@@ -195,19 +204,18 @@ class Lane:
         """All ranks have come to the call that ``begin`` gave this place: data moves."""
         self._words[at + AGREED] = _clock()
 
-    def end(self, at: int) -> None:
-        """The call has ended, or failed."""
+    def end(self, at: int, algorithm: str = "") -> None:
+        """The call has ended, or failed; ``algorithm`` is for those who listen."""
         ended = self._words[at + ENDED] = _clock()
         listener = self.recorder.listener
         if listener is not None:
             row = self._words[at : at + record.FIELDS].tolist()
-            text = self.recorder.record.text
             text, both = self.recorder.record.text, row[record.SEQUENCE_BYTES]
             line = text(row[record.LINE]) if row[record.LINE] else ""
             listener.call(
                 Ended(
                     text(row[record.TEXT]), line, self.name, both & 0xFFFFFF, both >> 24,
-                    row[record.BEGUN], row[record.AGREED], ended,
+                    row[record.BEGUN], row[record.AGREED], ended, algorithm,
                 )
             )  # fmt: skip
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from mpizero.diagnostics.process import GONE, STOPPED
 from mpizero.diagnostics.record import Made
-from mpizero.diagnostics.stacks import without_ours
 from mpizero.diagnostics.views import LEFT, UNSEEN, Stuck, View, name, stuck_calls
 
 _STATES = {
@@ -40,8 +39,11 @@ def _about_call(stuck: Stuck, seen: dict[int, View]) -> list[str]:
         f"  {name(stuck.waiting)} {verb} in {call.what}{size}: call {call.sequence} of "
         f"{_of_lane(call)}, for {_seconds(call.age)}" + (f", at {call.line}" if call.line else "")
     ]
+    still = [rank for rank in stuck.waiting if seen[rank].state in (STOPPED, GONE)]
+    lines += [f"    in it, {_who(seen[rank])} {_STATES[seen[rank].state]}" for rank in still]
     if not stuck.missing:
-        return [*lines, "    all of its ranks have come: data is moving, or MPI is stuck"]
+        why = "" if still else ": data is moving, or MPI is stuck"
+        return [*lines, f"    all of its ranks have come{why}"]
     for rank in stuck.missing[:16]:
         lines.append(f"    missing: {_about_rank(seen.get(rank, View(rank)))}")
     if len(stuck.missing) > 16:
@@ -51,8 +53,7 @@ def _about_call(stuck: Stuck, seen: dict[int, View]) -> list[str]:
 
 def _about_rank(view: View) -> str:
     """ "rank 1 (pid 123 on n1) is stopped; it last did ... 5 s ago, and is in backward"."""
-    where = f" (pid {view.pid} on {view.host})" if view.pid else ""
-    parts = [f"rank {view.rank}{where}"]
+    parts = [_who(view)]
     state = _STATES.get(view.state)
     if state:
         parts.append(state + ";")
@@ -69,6 +70,10 @@ def _about_rank(view: View) -> str:
     if view.phase:
         parts.append(f"in {view.phase} since {_seconds(view.phase_age)}")
     return " ".join(parts).rstrip(";")
+
+
+def _who(view: View) -> str:
+    return f"rank {view.rank}" + (f" (pid {view.pid} on {view.host})" if view.pid else "")
 
 
 def _briefly(call: Made) -> str:
@@ -92,7 +97,7 @@ def _stacks(views: Sequence[View]) -> list[str]:
     by_stack: dict[str, list[int]] = {}
     for view in views:
         if view.state != UNSEEN:
-            by_stack.setdefault(without_ours(view.stack), []).append(view.rank)
+            by_stack.setdefault(view.stack, []).append(view.rank)
     lines = []
     for stack, ranks in by_stack.items():
         if stack:

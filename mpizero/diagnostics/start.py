@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -16,12 +16,14 @@ from mpizero.diagnostics.between_nodes import OtherNodes
 from mpizero.diagnostics.clocks import offset_to_root
 from mpizero.diagnostics.node import NodeRecords
 from mpizero.diagnostics.recorder import Recorder
+from mpizero.diagnostics.starting import watched_start
 from mpizero.diagnostics.trace import Tracer
 from mpizero.diagnostics.watchdog import Watchdog
 from mpizero.errors import ArgumentError
 
 if TYPE_CHECKING:
     from mpizero.world import Group
+    from mpizero.world.launcher import Launch
 
 DEFAULT_TIMEOUT = 600.0
 
@@ -53,6 +55,12 @@ def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return inside
 
     return decorate
+
+
+def starting(launch: Launch | None, timeout: float | None) -> AbstractContextManager[None]:
+    """A context for the start of MPI, up to ``watch``, which gets the same ``timeout``."""
+    recorder()  # shows that this process has come
+    return watched_start(launch, seconds_of(timeout))
 
 
 def watch(group: Group, timeout: float | None) -> None:

@@ -54,6 +54,8 @@ class Tracer:
             "call": call.what, "ranks": ranks, "sequence": call.sequence, "bytes": call.nbytes,
             "line": call.line,
         }  # fmt: skip
+        if call.algorithm:
+            arguments["algorithm"] = call.algorithm
         self._slice(call.what.split("(")[0], kind, row, call.begun, call.ended, arguments)
         if call.agreed:
             self._slice("waiting for others", "wait", row, call.begun, call.agreed)

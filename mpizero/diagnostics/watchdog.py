@@ -85,6 +85,7 @@ class Watchdog:
                 return
 
     def _look(self) -> None:
+        self._node.answer()
         if self._others is not None:
             self._others.answer()
         if self._node.was_asked:
@@ -138,9 +139,16 @@ class Watchdog:
                     say_last(report(title, views, self._notes()))
                     self._kill()
                     return
-        # Another rank is about to end the job.
-        if not self._stop.wait(_GRACE_SECONDS):
-            self._kill()
+        self._leave_it_to_another()
+
+    def _leave_it_to_another(self) -> None:
+        """Another rank is about to end the job, and may want this one's stacks for its report."""
+        given_up = time.monotonic() + _GRACE_SECONDS
+        while not self._stop.wait(_TICK_SECONDS):
+            self._node.answer()
+            if time.monotonic() > given_up:
+                self._kill()
+                return
 
     def _see_all(self, *, ends: bool) -> list[View]:
         """All ranks, with their stacks. ``ends``: the job's end follows."""

@@ -259,7 +259,9 @@ class GradientSharder(ReducedPasses):
         closing[1 : 1 + count] = has_gradient
         closing[[1 + count + index for index in left]] = 1
         self._world.submit(
-            "the closing of a backward pass", lambda run, parts: run.all_reduce(closing, SUM)
+            "the closing of a backward pass",
+            lambda run, parts: run.all_reduce(closing, SUM),
+            nbytes=closing.nbytes,
         ).wait()
         return closing
 

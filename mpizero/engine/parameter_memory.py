@@ -186,6 +186,7 @@ class ParameterMemory:
             what,
             lambda run, parts: group.gather_now(run, whole, _places(cut), what=what, sure=False),
             sure=False,
+            nbytes=int(whole.nbytes),
         )
 
     @property

@@ -114,6 +114,12 @@ class ReducedPasses(ABC):
         self.accumulate(weight, gradients_kept)
         self._announce(1.0, float(weight.stated), self._ledger.local, float(buffers_changed))
 
+    def open_kept(self, buffers_changed: bool = False) -> None:
+        """Gradients kept from earlier passes will be averaged, without a pass of their own."""
+        counted = self._ledger.local > 0  # their weights were stated, and are all there are
+        weight = Weight(0.0, stated=True) if counted else Weight()
+        self.open(weight, gradients_kept=True, buffers_changed=buffers_changed)
+
     def ready(self, index: int) -> None:
         """The gradient of parameter ``index``, times this rank's weight, is there to be filled in.
 
@@ -172,7 +178,9 @@ class ReducedPasses(ABC):
         self._came = [0] * len(self._specs)
         opening = self._opening = np.array(mine)
         self._opening_handle = self._world.submit(
-            "the opening of a backward pass", lambda run, parts: run.all_reduce(opening, SUM)
+            "the opening of a backward pass",
+            lambda run, parts: run.all_reduce(opening, SUM),
+            nbytes=opening.nbytes,
         )
 
     def _launch_full_ones(self) -> None:

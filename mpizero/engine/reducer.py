@@ -22,9 +22,10 @@ class GradientReducer(ReducedPasses):
 
     ``allocate(count, dtype)`` gives zeroed flat memory where gradients shall lie. ``stream()`` is
     the raw CUDA stream on which device gradients have been computed. ``fill(members)`` puts what
-    gradients there are of these parameters into their views, just before they are reduced. Making
-    a reducer is collective: parameters that differ between the ranks raise MismatchError, naming
-    the first.
+    gradients there are of these parameters into their views, just before they are reduced.
+    ``divisor``: what sums are divided by, in place of the weights that ranks bring. Making a
+    reducer is collective: parameters that differ between the ranks raise MismatchError, naming the
+    first.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class GradientReducer(ReducedPasses):
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
         fill: Callable[[Sequence[int]], None] = lambda members: None,
+        divisor: float | None = None,
     ) -> None:
         super().__init__(world, specs, stream)
         self._allocate = allocate
         self._bucket_bytes = bucket_bytes or world.tuning.bucket_bytes
         self._overlap = overlap
         self._fill = fill
-        self._mean = mean_over(self._divisor)
+        self._mean = mean_over(self._divisor if divisor is None else lambda: divisor)
         # The first pass learns in which order gradients come, and reduces at its end.
         self._order_is_final = world.size == 1
         self.generation = 0  # grows when gradients get new places

@@ -105,11 +105,15 @@ class ShardGroup:
             if self._splits:
                 within = self._within_region(blocks)
                 outer.submit(
-                    what, lambda run, parts: run.combine_block(total, within, SUM, parts, use)
+                    what,
+                    lambda run, parts: run.combine_block(total, within, SUM, parts, use),
+                    nbytes=total.nbytes,
                 ).wait()
             else:
                 outer.submit(
-                    what, lambda run, parts: run.all_reduce(total, SUM, parts=parts)
+                    what,
+                    lambda run, parts: run.all_reduce(total, SUM, parts=parts),
+                    nbytes=total.nbytes,
                 ).wait()
                 use([total])
 

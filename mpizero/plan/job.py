@@ -52,7 +52,8 @@ class Model:
 
     ``parameters``: all elements, every one trained. ``tensors``: how many they are; ``largest``:
     elements of the largest one; ``unit``: of the largest *unit* that stage 3 gathers at a time
-    where parameters are not shared (see docs/zero.md); 0 means unknown. ``buffer_bytes``: of
+    where parameters are not shared (see docs/zero.md), and ``units`` how many there are; 0 means
+    unknown. ``buffer_bytes``: of
     buffers such as BatchNorm's statistics. ``layers`` and ``hidden``: of a transformer.
     ``activation_bytes`` and ``flops``: of forward and backward on one micro-batch, where they have
     been counted.
@@ -62,6 +63,7 @@ class Model:
     tensors: int = 0
     largest: int = 0
     unit: int = 0
+    units: int = 0
     buffer_bytes: int = 0
     layers: int = 0
     hidden: int = 0
@@ -88,6 +90,11 @@ class Model:
     @property
     def largest_unit(self) -> int:
         return self.unit or self.largest_tensor
+
+    @property
+    def unit_count(self) -> int:
+        """Known, or as few as there can be."""
+        return self.units or ceil(self.parameters / self.largest_unit)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ def link_of(file: Path) -> tuple[float, float]:
 
     ``file``: what ``mpizero bench --json FILE`` has written with one rank on each node. There an
     all-reduce of b bytes by a ring over m nodes takes 2 (m-1) (alpha + b/m beta) (Thakur,
-    Rabenseifner, Gropp 2005, section 4.4): beta from the largest size, alpha from the smallest, as
-    whatever algorithm is fastest takes 2 log2 m messages at most. Raises ArgumentError for another
-    file.
+    Rabenseifner, Gropp 2005, section 4.4): beta from the largest size, the better of what "auto"
+    and the MPI library's own call make of the link; alpha from that call's smallest, for which it
+    takes 2 log2 m messages at most. Raises ArgumentError for another file.
     """
     try:
-        rows: list[dict[str, Any]] = [
-            row for row in json.loads(file.read_text()) if row["algorithm"] == "auto"
-        ]
-        largest = max(rows, key=lambda row: int(row["bytes"]))
-        smallest = min(rows, key=lambda row: int(row["bytes"]))
+        rows: list[dict[str, Any]] = json.loads(file.read_text())
+        rows = [row for row in rows if row["algorithm"] in ("auto", "MPI")]
+        largest = max(rows, key=lambda row: (int(row["bytes"]), float(row["bus_bandwidth"])))
+        calls = [row for row in rows if row["algorithm"] == "MPI"]
+        smallest = min(calls, key=lambda row: int(row["bytes"]))
         share = largest["bus_bandwidth"] / largest["algorithm_bandwidth"]  # 2 (m-1)/m
         nodes = round(2 / (2 - share))
         messages = 2 * (nodes - 1).bit_length()

@@ -75,16 +75,21 @@ def traffic(model: Model, settings: Settings, ranks: Ranks, stage: int) -> Traff
     itemsize = settings.itemsize(stage)
     held, m, k = model.parameters * itemsize, ranks.nodes, ranks.local
     pieces = ceil(held / settings.segment_bytes)
+    by_unit = stage == 3 and not settings.share
+    if by_unit:  # each is laid out by itself
+        pieces = max(pieces, model.unit_count)
     crossing = (m - 1) / m
     # Sums of 16-bit gradients travel unrounded. Every rank fills its segments (read, write), then
     # each reads its blocks of all of them, and writes them once.
     sums = crossing * model.parameters * FLOAT
     gradients = Phase(sums, pieces * (m - 1), 3 * k * held + held + _COPIES * sums)
     gathers, copies = 1, 0 if settings.share else 2 * k * held
-    if stage == 3 and not settings.share:
+    turns = m - 1
+    if by_unit:
         gathers = 2  # for forward, and again for backward
+        turns += 2 * _log2(m)  # do all ranks need the same unit?
     sent = gathers * crossing * held
-    parameters = Phase(sent, gathers * pieces * (m - 1), gathers * copies + _COPIES * sent)
+    parameters = Phase(sent, gathers * pieces * turns, gathers * copies + _COPIES * sent)
     each = settings.optimizer.update_bytes
     if settings.has_masters(stage):
         each += _CONVERSIONS

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _FOLDER = "/dev/shm/"
+_OF_MPI = ("mpich_shm_", "sm_segment.", "vader_segment.")  # how MPICH's and Open MPI's are called
 
 
 def unname_segments(node: MPI.Intracomm) -> None:
@@ -34,10 +35,18 @@ def unname_segments(node: MPI.Intracomm) -> None:
                 os.unlink(path)
 
 
-def _mapped() -> set[str]:
-    """The files of /dev/shm that this process maps, and that still have a name."""
+def remove_segments(pid: int) -> None:
+    """Unlink what a process, which is about to be killed, has of them: while MPI starts."""
+    for path in _mapped(pid):
+        if path.removeprefix(_FOLDER).startswith(_OF_MPI):
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _mapped(pid: int | str = "self") -> set[str]:
+    """The files of /dev/shm that a process maps, and that still have a name."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:  # not Linux
         return set()
     paths = {line.split(None, 5)[5] for line in lines if _FOLDER in line}

@@ -194,7 +194,7 @@ def refuse_without_ulfm(library: str, environ: Mapping[str, str], has_verbs: boo
         raise LaunchError(
             f"init(elastic=True): this MPI does not survive a rank's death: {library}. {remedy}"
         )
-    if environ.get("OMPI_MCA_mpi_ft_enable", "").lower() not in _TRUE:
+    if not is_offered(environ):
         raise LaunchError(
             "init(elastic=True): this job was started without fault tolerance (ULFM), so that the "
             f"death of one rank ends all. {remedy} Under srun set OMPI_MCA_mpi_ft_enable=1, and "
@@ -204,6 +204,11 @@ def refuse_without_ulfm(library: str, environ: Mapping[str, str], has_verbs: boo
         raise LaunchError(
             "init(elastic=True): this mpi4py does not know ULFM; pip install 'mpi4py>=4.1'."
         )
+
+
+def is_offered(environ: Mapping[str, str] = os.environ) -> bool:
+    """Has the launcher been told that the job is to survive deaths (``mpirun --with-ft ulfm``)?"""
+    return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in _TRUE
 
 
 def lifeline() -> Lifeline | None:

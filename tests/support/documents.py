@@ -42,7 +42,7 @@ NOT_RUN = {
 }
 
 # Further options for what takes long: the last one given holds.
-_TINY_GPT = "--steps 2 --layers 1 --heads 2 --width 16 --context 16 --checkpoint-every 1"
+_TINY_GPT = "--steps 2 --layers 1 --heads 2 --width 16 --context 16 --sample 9 --checkpoint-every 1"
 TINY = {
     "examples/train_gpt.py": [*_TINY_GPT.split(), "--text", str(ROOT / "mpizero/layout.py")],
     "examples/train_digits.py": ["--steps", "2"],

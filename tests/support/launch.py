@@ -76,6 +76,11 @@ def mpirun(
     arguments = _python_arguments(program)
     command = [*mpirun_command(sys.executable, n, mpi_args), sys.executable, *arguments]
     environment = launch_environment(env)
+    return run(command, environment, timeout)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], timeout: float) -> Finished:
+    """Run a command that starts ranks, as ``mpirun`` does one."""
     # Files, not pipes: whoever holds a pipe open could keep us waiting after the launch's end.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.monotonic()
@@ -108,6 +113,7 @@ def launch_environment(changes: Mapping[str, str | None] | None = None) -> dict[
     }
     environment.pop("MPI4PY_RC_INITIALIZE", None)  # mpizero.init() sets it for its children
     environment.pop("PYTHONUNBUFFERED", None)  # with it, lines of several ranks mix when printed
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each rank compiles the package anew
     environment.update(_OPENMPI_ENVIRONMENT)
     environment["OMP_NUM_THREADS"] = "1"
     # The checkout comes first, installed or not.

@@ -147,6 +147,14 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@contextmanager
+def _process_groups_ended() -> Iterator[None]:
+    """A page's process group of torch ends with the page."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main(arguments: Sequence[str]) -> None:
     plan, base = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
     world = mz.init()
@@ -158,7 +166,7 @@ def main(arguments: Sequence[str]) -> None:
         os.chdir(folder)
         reader = Reader(page, folder)
         try:
-            with _signals_kept():
+            with _signals_kept(), _process_groups_ended():
                 for step in steps:
                     reader.take(step)
         except BaseException:

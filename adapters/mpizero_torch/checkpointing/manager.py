@@ -11,6 +11,7 @@ from typing import Any
 
 from mpizero import ArgumentError, CheckpointError, PreemptionGuard, World
 from mpizero.checkpoint import PendingSave, exists, folder
+from mpizero_torch.checkpointing.axes import Axes
 from mpizero_torch.checkpointing.save import load, save
 from mpizero_torch.runtime import init
 
@@ -48,7 +49,8 @@ class CheckpointManager:
             raise ArgumentError(
                 "CheckpointManager()", "when_busy", repr(when_busy), "'wait' or 'skip'"
             )
-        self.directory, self.world = Path(directory), world or init()
+        self.directory, self._of = Path(directory), world or init()
+        self.world = Axes.of(self._of).everyone
         self._keep, self._steps, self._minutes = keep, every_steps, every_minutes
         self._asynchronous, self._when_busy, self._run = asynchronous, when_busy, run
         self._guard = guard
@@ -95,7 +97,7 @@ class CheckpointManager:
         path = self.directory / f"step-{step:08}"
         self._pending = save(
             path, **self._run, extra={**extra, "step": step},
-            asynchronous=self._asynchronous, world=self.world,
+            asynchronous=self._asynchronous, world=self._of,
         )  # fmt: skip
         self._last, self._saved = time.monotonic(), step
         if self._pending is None:
@@ -115,7 +117,7 @@ class CheckpointManager:
         if not found:
             return None
         path = self.directory / f"step-{found[-1]:08}"
-        self.extra = load(path, **self._run, world=self.world, **options)
+        self.extra = load(path, **self._run, world=self._of, **options)
         self._saved = int(self.extra["step"])
         self._clean()  # a run that was killed may have had one to remove
         return self._saved

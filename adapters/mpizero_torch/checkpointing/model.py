@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, World
-from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, shared_part, tree
-from mpizero_torch import tensors
+from mpizero import ArgumentError
+from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, tree
+from mpizero_torch import slices, tensors
+from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
@@ -23,9 +24,7 @@ def plain_module(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedModule) else model
 
 
-def model_part(
-    model: nn.Module, world: World, arrays: dict[str, Any]
-) -> tuple[Part, dict[str, Any]]:
+def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of a model, and what of it is no tensor. Collective.
 
     Arrays within modules' extra state go to ``arrays``: the model's files have tensors only that
@@ -54,31 +53,49 @@ def model_part(
             if state is not None and id(value) in number:
                 name_of[number[id(value)]] = name
             else:
-                whole[name] = tensors.as_array(value)
-    if state is not None:
-        for index, name in name_of.items():
-            dtype = tensors.numpy_dtype(state.trained_dtype(index))
-            specs.append(TensorSpec(name, dtype, state.shapes[index]))
-        for index, elements, values in state.pieces() if state.group.is_holder else ():
-            if index in name_of:
-                pieces.append(Piece(name_of[index], elements.start, values))
-    shared = shared_part(PART, whole, world)
+                whole[name] = value
+    if isinstance(model, ShardedModule):
+        _collect_sharded(model, name_of, specs, pieces)
+    shared = axes.part_of(PART, whole)
     part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces], aliases)
     plain = {
         name: tree.encode(each, f"{PART}.{name}", arrays, as_array) for name, each in others.items()
     }
-    found: dict[str, Any] = {"others": plain}
+    found: dict[str, Any] = {"others": merged(axes.gather_stages(plain))}
     if isinstance(model, ShardedModule) and model.scaling is not None:
         found["loss_scale"] = model.scaling.state_dict()
-    return part, found
+    return axes.all_stages(part), found
+
+
+def _collect_sharded(
+    model: ShardedModule,
+    name_of: Mapping[int, str],
+    specs: list[TensorSpec],
+    pieces: list[Piece],
+) -> None:
+    """The sharded parameters, and this rank's pieces of those for which it speaks."""
+    state = model.state
+    boxes = [slices.box(parameter) for _, parameter in state.named]
+    for index, name in name_of.items():
+        dtype = tensors.numpy_dtype(state.trained_dtype(index))
+        specs.append(TensorSpec(name, dtype, boxes[index].shape))
+    counts = model.counts
+    for index, elements, values in state.pieces() if state.group.is_holder else ():
+        if index in name_of and counts[index]:
+            pieces += strips(Piece(name_of[index], elements.start, values), boxes[index])
 
 
 def load_model(
-    model: nn.Module, checkpoint: Readable, array: Callable[[str], Any], strict: bool
+    model: nn.Module,
+    checkpoint: Readable,
+    array: Callable[[str], Any],
+    strict: bool,
+    elsewhere: Iterable[str] = (),
 ) -> None:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
 
-    ``array`` reads those within modules' extra state.
+    ``array`` reads those within modules' extra state; ``elsewhere`` are names that the other
+    stages of a pipeline have.
 
     When all ranks have, a sharded model's parameters are to be ``settle``d.
 
@@ -91,7 +108,8 @@ def load_model(
     entries = dict(_entries(model))
     known = {*specs, *aliases, *others}
     missing = sorted(name for name in entries if name not in known)
-    unknown = sorted(name for name in known if name not in entries and name != "format")
+    anywhere = {*entries, *elsewhere, "format"}
+    unknown = sorted(name for name in known if name not in anywhere)
     if strict and (missing or unknown):
         raise ArgumentError(
             "load()", "model",
@@ -109,13 +127,12 @@ def load_model(
                 continue
             done.add(id(value))
             index = number.get(id(value))
-            shape = state.shapes[index] if state and index is not None else tuple(value.shape)
-            _check_shape(name, shape, specs[stored].shape)
+            box = slices.box(value)
+            _check_shape(name, box.shape, specs[stored].shape)
             if state is not None and index is not None:
-                state.fill(index, reader(checkpoint, PART, stored))
+                state.fill(index, reader(checkpoint, PART, stored, box))
             else:
-                whole = checkpoint.borrow(PART, stored, slice(0, value.numel()))
-                value.copy_(tensors.as_tensor(whole).view(value.shape))
+                slices.local(value).copy_(read_own(checkpoint, PART, stored, box))
     extra = {
         name: tree.decode(each, array, tensors.as_tensor)
         for name, each in others.items()
@@ -135,14 +152,14 @@ def as_array(value: Any) -> Any:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+def names(model: nn.Module) -> list[str]:
+    """The names of all that a checkpoint has of a model."""
+    return [name for name, _ in _entries(model)]
+
+
 def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
     found: Mapping[str, Any] = plain_module(model).state_dict(keep_vars=True)
     return found.items()
-
-
-def reader(checkpoint: Readable, part: str, name: str) -> Callable[[slice], torch.Tensor]:
-    """What reads elements of a stored tensor, 1-D, in memory that is borrowed."""
-    return lambda elements: tensors.as_tensor(checkpoint.borrow(part, name, elements))
 
 
 def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:

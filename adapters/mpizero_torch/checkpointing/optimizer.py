@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, World
-from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, shared_part, tree
-from mpizero_torch import tensors
-from mpizero_torch.checkpointing.model import as_array, plain_module, reader
+from mpizero import ArgumentError
+from mpizero.checkpoint import Box, Part, Piece, Readable, TensorSpec, tree
+from mpizero_torch import slices, tensors
+from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
+from mpizero_torch.checkpointing.model import as_array, plain_module
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
 
@@ -19,7 +20,7 @@ PART = "optimizer"
 
 
 def optimizer_part(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, world: World
+    optimizer: torch.optim.Optimizer, model: nn.Module | None, axes: Axes
 ) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of an optimizer's state, and what of it is no tensor. Collective."""
     names = group_names(optimizer, model)
@@ -32,7 +33,11 @@ def optimizer_part(
     else:
         of_parameter = [name for group in names for name in group]
         for number, state in optimizer.state_dict()["state"].items():
-            others[of_parameter[number]] = dict(state)
+            name = of_parameter[number]
+            others[name] = {}
+            for key, value in state.items():
+                cut = slices.is_slice(value)
+                (whole if cut else others[name])[f"{name}/{key}" if cut else key] = value
     plain: dict[str, Any] = {}
     for name in sorted(others):
         plain[name] = {
@@ -44,21 +49,32 @@ def optimizer_part(
         settings = {key: value for key, value in group.items() if key != "params"}
         encoded = tree.encode(settings, f"groups.{at}", whole, as_array)
         groups.append({"names": list(own), "settings": encoded})
-    shared = shared_part(PART, whole, world)
+    shared = axes.part_of(PART, whole)
     part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces])
-    return part, {"groups": groups, "others": plain}
+    found = {
+        "groups": _of_all_stages(axes.gather_stages(groups)),
+        "others": merged(axes.gather_stages(plain)),
+    }
+    return axes.all_stages(part), found
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, checkpoint: Readable
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None,
+    checkpoint: Readable,
+    elsewhere: Sequence[Sequence[str]] = (),
 ) -> None:
     """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
 
-    Raises ArgumentError if its groups have other parameters.
+    ``elsewhere``: the parameters that its groups have on other stages of a pipeline. Raises
+    ArgumentError if its groups have other parameters.
     """
     saved = checkpoint.values[PART]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
-    if [sorted(each) for each in own] != [sorted(each) for each in theirs]:
+    everywhere = [
+        {*each, *(elsewhere[at] if at < len(elsewhere) else ())} for at, each in enumerate(own)
+    ]
+    if everywhere != [set(each) for each in theirs]:
         raise ArgumentError(
             "load()", "optimizer", f"one with groups {_short(own)}",
             f"groups of the parameters that were saved: {_short(theirs)}",
@@ -68,26 +84,75 @@ def load_optimizer(
         return checkpoint.read(PART, name)
 
     number = {name: at for at, name in enumerate(name for group in own for name in group)}
+    parameters = _parameters(optimizer, model, own)
+    specs = checkpoint.specs(PART)
     state: dict[int, dict[str, Any]] = {}
     for name, others in saved["others"].items():
+        if name not in number:
+            continue  # another stage's
+        others = {
+            key: value
+            for key, value in others.items()
+            if not _is_cut(specs.get(f"{name}/{key}"), parameters[name])  # read below, in part
+        }
         decoded = tree.decode(others, array, tensors.as_tensor)
         state.setdefault(number[name], {}).update(decoded)
     sharded = isinstance(optimizer, ShardedOptimizer)
-    for stored, spec in checkpoint.specs(PART).items():
+    for stored, spec in specs.items():
         name, _, key = stored.rpartition("/")
         if name not in number or key in state.get(number[name], ()):
             continue  # a value of a group, or one of ``others``
-        state.setdefault(number[name], {})[key] = (
-            Stored(spec.shape, reader(checkpoint, PART, stored))
-            if sharded
-            else tensors.as_tensor(checkpoint.read(PART, stored))
-        )
+        parameter, box = parameters[name], Box.of_all(spec.shape)
+        is_slice = _is_cut(spec, parameter)
+        if is_slice:
+            box = slices.box(parameter)
+        if sharded:
+            value: Any = Stored(box.sizes, reader(checkpoint, PART, stored, box))
+        else:
+            value = read_own(checkpoint, PART, stored, box).clone()
+            value = slices.wrap(value, parameter) if is_slice else value
+        state.setdefault(number[name], {})[key] = value
     at, groups = 0, []
     for group, names in zip(saved["groups"], own, strict=True):
         settings = tree.decode(group["settings"], array, tensors.as_tensor)
         groups.append({**settings, "params": list(range(at, at + len(names)))})
         at += len(names)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _parameters(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None, names: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """The parameters that the names of its groups stand for."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return dict(optimizer.sharded_state.named)
+    groups = [group["params"] for group in optimizer.param_groups]
+    return {
+        name: parameter
+        for own, group in zip(names, groups, strict=True)
+        for name, parameter in zip(own, group, strict=True)
+    }
+
+
+def _is_cut(spec: TensorSpec | None, parameter: torch.Tensor) -> bool:
+    """Is it stored for each element of a parameter that this rank has as a slice?"""
+    if spec is None or not slices.is_slice(parameter):
+        return False
+    return bool(spec.shape) and spec.shape == tuple(parameter.shape)
+
+
+def _of_all_stages(everyones: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The groups of an optimizer that every stage has, with all stages' parameters."""
+    if len({len(groups) for groups in everyones}) > 1:
+        raise ArgumentError(
+            "save()", "optimizer", f"one with {[len(each) for each in everyones]} groups by stage",
+            "as many groups on every stage",
+        )  # fmt: skip
+    return [
+        {**first, "names": list(dict.fromkeys(name for each in same for name in each["names"]))}
+        for same in zip(*everyones, strict=True)
+        for first in same[:1]
+    ]
 
 
 def group_names(
@@ -124,7 +189,8 @@ def _collect_sharded(
     """This rank's pieces of sharded state, and what all ranks' state consists of."""
     state = optimizer.sharded_state
     tensors_here, others_here = own_state(optimizer.inner, optimizer.runs, state.group)
-    names, shapes = [name for name, _ in state.named], state.shapes
+    names = [name for name, _ in state.named]
+    boxes = [slices.box(parameter) for _, parameter in state.named]
     described = {
         key: (tensors.numpy_dtype(each[1].dtype), each[2], tuple(each[1].shape))
         for key, held in tensors_here.items()
@@ -133,12 +199,16 @@ def _collect_sharded(
     everyones = state.group.world.gather_objects((described, others_here))
     forms = {key: form for each, _ in everyones for key, form in each.items()}
     for (index, key), (dtype, sliced, shape) in sorted(forms.items()):
-        own = shapes[index] if sliced else shape
+        own = boxes[index].shape if sliced else shape
         specs.append(TensorSpec(f"{names[index]}/{key}", dtype, own))
+    counts = [slices.copy_number(parameter, state.group.world) == 0 for _, parameter in state.named]
     for (index, key), held in sorted(tensors_here.items()):
+        if not counts[index]:
+            continue
         for start, (_, values, sliced) in sorted(held.items()):
             flat = tensors.as_array(values.contiguous().view(-1))
-            pieces.append(Piece(f"{names[index]}/{key}", start if sliced else 0, flat))
+            piece = Piece(f"{names[index]}/{key}", start if sliced else 0, flat)
+            pieces += strips(piece, boxes[index]) if sliced else [piece]
     for _, each in everyones:
         for index, values in each.items():
             others.setdefault(names[index], {}).update(values)

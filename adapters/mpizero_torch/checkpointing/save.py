@@ -27,6 +27,7 @@ from mpizero_torch import tensors
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import random_state
+from mpizero_torch.checkpointing.axes import Axes, merged
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -70,19 +71,20 @@ def save(
     """
     world = _world_of(model, world)
     parts, values = collect(
-        world, world, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
+        world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
         extra=extra,
     )  # fmt: skip
+    everyone = Axes.of(world).everyone
     job = Save(
-        Path(path), world, parts, values,
+        Path(path), everyone, parts, values,
         largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
     )  # fmt: skip
-    return carry_out(job, world, asynchronous)
+    return carry_out(job, everyone, asynchronous)
 
 
 def collect(
     world: World,
-    sharers: World,
+    sharers: World | None = None,
     *,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -92,16 +94,19 @@ def collect(
 ) -> tuple[list[Part], dict[str, Any]]:
     """All that a run consists of: tensors by part, with this rank's pieces, and plain values.
 
-    ``sharers``: the ranks among whom it is dealt out what all ranks have. Collective.
+    ``sharers``: the ranks among whom it is dealt out what all ranks have; by default all. Of a
+    world that belongs to a mesh, all of the mesh's ranks take part. Collective.
     """
+    axes = Axes.of(world, sharers)
     parts: list[Part] = []
     arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
     if model is not None:
-        part, values[models.PART] = models.model_part(model, sharers, arrays)
+        part, values[models.PART] = models.model_part(model, axes, arrays)
+        arrays = merged(axes.gather_stages(arrays))
         parts.append(part)
     if optimizer is not None:
-        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, sharers)
+        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, axes)
         parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
@@ -110,8 +115,8 @@ def collect(
     values[EXTRA] = {
         name: tree.encode(value, name, arrays, models.as_array) for name, value in others.items()
     }
-    parts.append(shared_part(EXTRA, arrays, sharers))
-    part, values[random_state.PART] = random_state.random_part(world)
+    parts.append(shared_part(EXTRA, arrays, sharers or axes.everyone))
+    part, values[random_state.PART] = random_state.random_part(axes.everyone)
     parts.append(part)
     return parts, values
 
@@ -139,7 +144,7 @@ def load(
     read by then stays as read.
     """
     world = _world_of(model, world)
-    with Checkpoint(path, world) as checkpoint:
+    with Checkpoint(path, Axes.of(world).everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
             loader=loader, strict=strict, random=random,
@@ -158,7 +163,8 @@ def restore(
     random: bool = True,
 ) -> dict[str, Any]:
     """What ``load`` does, from a checkpoint that is open."""
-    found = checkpoint.values
+    found, axes = checkpoint.values, Axes.of(world)
+    world = axes.everyone
 
     def array(name: str) -> Any:
         return checkpoint.read(EXTRA, name)
@@ -172,11 +178,12 @@ def restore(
     for name, each in given.items():
         if each is not None and name not in others:
             raise _not_saved(name, checkpoint)
+    names, groups = _on_all_stages(axes, model, optimizer)
     with agreed(world):
         if model is not None:
-            models.load_model(model, checkpoint, array, strict)
+            models.load_model(model, checkpoint, array, strict, names)
         if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint)
+            optimizers.load_optimizer(optimizer, model, checkpoint, groups)
         for name, each in given.items():
             if each is not None:
                 each.load_state_dict(others[name])
@@ -189,9 +196,25 @@ def restore(
 
 
 def _world_of(model: nn.Module | None, world: World | None) -> World:
-    if world is not None:
-        return world
-    return model.world if isinstance(model, DistributedModule) else init()
+    if isinstance(model, DistributedModule):
+        mesh = model.world.mesh
+        if world is None or (mesh is not None and world is mesh.world):
+            return model.world
+    return world if world is not None else init()
+
+
+def _on_all_stages(
+    axes: Axes, model: nn.Module | None, optimizer: torch.optim.Optimizer | None
+) -> tuple[list[str], list[list[str]]]:
+    """The names of the model, and of the optimizer's groups, that the stages have together."""
+    names = [] if model is None else models.names(model)
+    groups = [] if optimizer is None else optimizers.group_names(optimizer, model)
+    everyones = axes.gather_stages((names, [list(each) for each in groups]))
+    together: list[list[str]] = [[] for _ in groups]
+    for _, theirs in everyones:
+        for own, more in zip(together, theirs, strict=False):
+            own += more
+    return [name for theirs, _ in everyones for name in theirs], together
 
 
 def _state_of(each: Any, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -15,6 +14,7 @@ from mpizero.sampling import Batch, ShardedBatches
 from mpizero_torch import batch_weight
 from mpizero_torch.data.position import Position
 from mpizero_torch.data.sampler import is_plain
+from mpizero_torch.data.workers import fork_server
 from mpizero_torch.random_state import derive, seed_all
 
 
@@ -134,7 +134,8 @@ class ShardedLoader:
         self._position.begin()
         epoch, skip = self._position.epoch, self._position.done
         if self._own_sampler is not None and self._order is None:
-            self._order = self.world.broadcast_object(list(self._own_sampler))
+            everyone = self.world if self.world.mesh is None else self.world.mesh.world
+            self._order = everyone.broadcast_object(list(self._own_sampler))
         batches = list(self._batches.epoch(epoch, self._order, skip))
         self._plan.begin(batches, (self._batches.seed, epoch, self.world.rank))
         if self._generator is not None:
@@ -208,22 +209,9 @@ def _with_batches(
     }
     if loader.num_workers > 0:
         options["prefetch_factor"] = loader.prefetch_factor
-        options["multiprocessing_context"] = loader.multiprocessing_context or _fork_server()
+        options["multiprocessing_context"] = loader.multiprocessing_context or fork_server()
     generator = generator or loader.generator
     return DataLoader(loader.dataset, batch_sampler=plan, generator=generator, **options)
-
-
-def _fork_server() -> Any:
-    """Where workers come from.
-
-    Forked children of an MPI process may crash or hang (they share its connections); a fork server
-    is a fresh process that never had any. It imports torch once, rather than each worker in each
-    epoch (0.1 s instead of 10 s for two workers on two cores). What has been set up to be imported
-    stays if the server runs already.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch", __name__])
-    return context
 
 
 def _generator_of(sampler: Any) -> Any:

@@ -64,7 +64,8 @@ class ShardedSampler(Sampler[int]):
         if self._plain:
             order = self._indices.order(epoch).tolist()
         else:
-            order = self._world.broadcast_object(list(self._sampler))
+            everyone = self._world if self._world.mesh is None else self._world.mesh.world
+            order = everyone.broadcast_object(list(self._sampler))
         needed = len(self) * self._world.size
         while 0 < len(order) < needed:
             order += order[: needed - len(order)]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from mpizero_torch.distributed.staging import SharedBuffers
+
 if TYPE_CHECKING:
     from mpizero_torch.distributed.process_group import MpiProcessGroup
 
@@ -18,13 +22,22 @@ class BackendView:
 
     def __init__(self, group: MpiProcessGroup) -> None:
         self._group = group
+        self._buffers = SharedBuffers(group.world)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
 
     def supports_tensor_alloc(self, device: Any) -> bool:
-        """Memory of the backend's own is asked for by other means: see ``node_shared``."""
-        return False
+        """Is there memory of which communication is quicker? On the host, what a node shares."""
+        return bool(torch.device(device).type == "cpu")
+
+    def allocate_tensor(
+        self, size: Any, *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Such memory, flat and uninitialised. Collective: all ranks ask for the same."""
+        if torch.device(device).type != "cpu":
+            return torch.empty(size, dtype=dtype, device=device)
+        return self._buffers.tensor(int(size), dtype)
 
     def eager_connect_single_device(self, device: Any) -> None:
         """Nothing: a group is connected when it is made."""

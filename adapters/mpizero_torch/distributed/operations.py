@@ -21,6 +21,7 @@ _NAMES = {
     _Kind.BXOR: "bxor",
     _Kind.PREMUL_SUM: "sum",
 }
+_PREMULTIPLIED = int(_Kind.PREMUL_SUM)
 # For booleans a sum is a logical or, a product a logical and.
 _OF_BOOLEANS = {"sum": "max", "product": "min"}
 
@@ -28,14 +29,14 @@ _OF_BOOLEANS = {"sum": "max", "product": "min"}
 def operation_name(op: Any, tensor: torch.Tensor) -> str:
     """What the core calls ``op`` for such a tensor."""
     name = _NAMES[op.op]
-    if tensor.dtype == torch.bool:
+    if tensor.dtype is torch.bool:
         return _OF_BOOLEANS.get(name, name)
     return name
 
 
-def scaled(op: Any, tensor: torch.Tensor) -> torch.Tensor | None:
+def premultiplied(op: Any, tensor: torch.Tensor) -> torch.Tensor | None:
     """What is to be summed instead of the tensor for PREMUL_SUM; None for other operations."""
-    if op.op != _Kind.PREMUL_SUM:
+    if int(op.op) != _PREMULTIPLIED:
         return None
-    product: torch.Tensor = tensor * op.factor
+    product: torch.Tensor = tensor.detach() * op.factor
     return product

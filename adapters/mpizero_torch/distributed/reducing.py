@@ -21,7 +21,7 @@ from mpizero_torch.distributed.c10d import (
     ReduceScatterOptions,
 )
 from mpizero_torch.distributed.calls import GroupCalls
-from mpizero_torch.distributed.operations import operation_name, scaled
+from mpizero_torch.distributed.operations import operation_name, premultiplied
 from mpizero_torch.distributed.sparse import all_reduce_sparse
 from mpizero_torch.distributed.works import DoneWork, PendingWork
 
@@ -37,9 +37,8 @@ class ReducingCalls(GroupCalls):
         op, is_async = _op_of(opts), self._is_async(opts)
         if tensor.layout is not torch.strided:
             return all_reduce_sparse(self.world, tensor, op)
-        premultiplied = scaled(op, tensor)
-        if premultiplied is not None:
-            tensor.detach().copy_(premultiplied)
+        if (product := premultiplied(op, tensor)) is not None:
+            tensor.detach().copy_(product)
         array, name = array_of(tensor), operation_name(op, tensor)
         if not is_async:
             self.world.allreduce(array, name)
@@ -54,8 +53,8 @@ class ReducingCalls(GroupCalls):
             raise ValueError("allreduce_coalesced: tensors must be all of one dtype")
         op = _op_of(opts)
         flat = one_behind_another(tensors)
-        if (premultiplied := scaled(op, flat)) is not None:
-            flat = premultiplied
+        if (product := premultiplied(op, flat)) is not None:
+            flat = product
         handle = self._start(
             opts,
             lambda **how: self.world.allreduce(array_of(flat), operation_name(op, flat), **how),
@@ -67,7 +66,7 @@ class ReducingCalls(GroupCalls):
         (tensor,) = tensors
         opts = opts or ReduceOptions()
         op = _op_of(opts)
-        source = scaled(op, tensor)
+        source = premultiplied(op, tensor)
         if source is not None and self.rank() == opts.rootRank:
             source = tensor.detach().copy_(source)
         source = tensor if source is None else source
@@ -121,8 +120,8 @@ class ReducingCalls(GroupCalls):
 
     def _reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> Work:
         op = _op_of(opts)
-        premultiplied = scaled(op, input)
-        source = flat_array_of(input if premultiplied is None else premultiplied)
+        product = premultiplied(op, input)
+        source = flat_array_of(input if product is None else product)
         name = operation_name(op, input)
         direct = output.is_contiguous() and not share_memory(output, input)
         into = output if direct else torch.empty_like(output, memory_format=torch.contiguous_format)
@@ -138,8 +137,8 @@ class ReducingCalls(GroupCalls):
         """By an all-reduce of all: the parts are of different lengths."""
         op = _op_of(opts)
         flat = one_behind_another(listed)
-        if (premultiplied := scaled(op, flat)) is not None:
-            flat = premultiplied
+        if (product := premultiplied(op, flat)) is not None:
+            flat = product
         start = sum(tensor.numel() for tensor in listed[: self.rank()])
         own = flat[start : start + output.numel()]
         handle = self._start(

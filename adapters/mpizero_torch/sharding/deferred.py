@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero_torch.replicate import broadcast_tensors
+from mpizero_torch.replicate import start_alike
 
 Initialise = Callable[[nn.Module], None]
 
@@ -56,7 +56,7 @@ class Initialiser:
             if any(each.is_meta for each in _own(part)):
                 self._check(name, part)
         there = [each for each in (*parameters, *module.buffers()) if not each.is_meta]
-        broadcast_tensors(there, world, root=0)
+        start_alike(there, world)
         for part in module.modules():
             if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
                 self._make(part)
@@ -83,8 +83,7 @@ class Initialiser:
                 self._initialise(part)
             else:
                 next(getattr(part, m) for m in _METHODS if hasattr(part, m))()
-        there = [tensor for tensor in _own(part) if not tensor.is_meta]
-        broadcast_tensors(there, self._world, root=0)
+        start_alike([each for each in _own(part) if not each.is_meta], self._world)
 
     def _check(self, name: str, part: nn.Module) -> None:
         if self._initialise is None and not any(hasattr(part, method) for method in _METHODS):

@@ -24,8 +24,12 @@ _REFUSED = {
 }
 
 
-def choose_partition(optimizer: torch.optim.Optimizer, partition: str) -> str:
+def choose_partition(
+    optimizer: torch.optim.Optimizer, partition: str, are_cut: bool = False
+) -> str:
     """FLAT or PARAMETER for ``optimizer``; ``partition`` is the user's wish, or "auto".
+
+    ``are_cut``: tensor parallelism has cut parameters up, so that none here is whole.
 
     Raises ArgumentError where that is not known to be right.
     """
@@ -35,6 +39,12 @@ def choose_partition(optimizer: torch.optim.Optimizer, partition: str) -> str:
         raise ArgumentError(
             "zero()", "optimizer", f"torch.optim.{name}", "one that can be sharded",
             f"{name} cannot: {_REFUSED[name]}. Use DistributedDataParallel.",
+        )  # fmt: skip
+    if are_cut and (name in _BY_PARAMETER or (partition == PARAMETER and not name)):
+        raise ArgumentError(
+            "zero()", "optimizer", f"a {kind.__qualname__}, for parameters that tensor parallelism "
+            "has cut up", "one that treats every element on its own",
+            "It would take a slice for the parameter. Use DistributedDataParallel.",
         )  # fmt: skip
     if partition not in ("auto", FLAT, PARAMETER):
         raise ArgumentError("zero()", "partition", repr(partition), "auto, flat, parameter")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mpizero.engine import Filling, GradientSharder
-from mpizero_torch import tensors
+from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
-from mpizero_torch.sharding.stand_in import ShardedGradient, values_of
+from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 from mpizero_torch.sharding.units import UnitSchedule
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
@@ -46,6 +47,7 @@ class ShardHooks(BackwardHooks):
         self._on_reduced, self._before_pass = on_reduced, before_pass
         self._forget_all = forget_all
         self._schedule = schedule
+        self._any_cut = any(slices.is_slice(p) for p in self._all)
         self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         # Gradients on their way, and the segments that they have yet to be put into.
@@ -98,6 +100,23 @@ class ShardHooks(BackwardHooks):
             self._clear_stand_ins()
         super()._begin()
 
+    def _average(self) -> None:
+        super()._average()
+        for index, held in self._held.items():
+            self._all[index].grad = HeldGradient.of(self._all[index], held)
+
+    def average_kept(self) -> None:
+        self._before_pass()
+        self._came.clear()
+        self._clear_stand_ins()
+        super().average_kept()
+
+    def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        for index, held in self._held.items():
+            if self._all[index] is parameter:
+                return held
+        return None if values_of(parameter) is None else slices.local_gradient(parameter)
+
     def shadow(self) -> bool:
         self._forget_all()  # what the last step of this rank's own has left
         self._before_pass()
@@ -124,16 +143,14 @@ class ShardHooks(BackwardHooks):
 
     def _put_aside(self, index: int) -> None:
         """Add a gradient that stays here to those before it, in memory that is there for it."""
-        gradient = self._all[index].grad
-        if gradient is None or self._hold is None:
+        if self._all[index].grad is None or self._hold is None:
             return
-        check_dense(gradient, self._names[index])
+        gradient = self._take(index)
         if index in self._held:
             self._held[index].add_(gradient)
         else:
             self._held[index] = self._hold(index)
             self._held[index].copy_(gradient)
-        self._all[index].grad = None
 
     def _any_kept(self) -> bool:
         return (
@@ -158,7 +175,7 @@ class ShardHooks(BackwardHooks):
     def _clear_stand_ins(self) -> None:
         """Autograd is about to add gradients to what is there."""
         for parameter in self._all:
-            if type(parameter.grad) is ShardedGradient:
+            if isinstance(parameter.grad, ShardedGradient):
                 parameter.grad = None
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
@@ -168,7 +185,9 @@ class ShardHooks(BackwardHooks):
         """
         if key not in self._targets:
             self._targets[key] = [_target(filling) for filling in fillings]
-        memory, gradients, missing = [], [], []
+        memory: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        missing: list[int] = []
         for at, (index, elements, target) in enumerate(self._targets[key]):
             parameter = self._all[index]
             gradient = parameter.grad
@@ -176,6 +195,8 @@ class ShardHooks(BackwardHooks):
             if is_simple and gradient is not None:
                 if gradient.is_sparse or gradient.requires_grad:
                     check_dense(gradient, self._names[index])
+                if self._any_cut:
+                    gradient = slices.local_gradient(parameter)
                 self._came.add(index)
                 parameter.grad = None
             else:
@@ -192,14 +213,22 @@ class ShardHooks(BackwardHooks):
             torch._foreach_copy_(memory, gradients)
         return missing
 
+    def _take(self, index: int) -> Any:
+        """Take a parameter's gradient from it: this rank's part, where it is cut up."""
+        parameter = self._all[index]
+        gradient = parameter.grad
+        if gradient is not None and (gradient.is_sparse or gradient.requires_grad):
+            check_dense(gradient, self._names[index])
+        found = slices.local_gradient(parameter)
+        parameter.grad = None
+        return found
+
     def _leave(self, index: int, segment: int) -> torch.Tensor | None:
         """A gradient of several segments, or one put aside: taken once, kept until all have it."""
         if index not in self._leaving:
-            parameter = self._all[index]
-            held, gradient = self._held.pop(index, None), parameter.grad
-            if gradient is not None:
-                check_dense(gradient, self._names[index])
-                parameter.grad = None
+            held = self._held.pop(index, None)
+            if self._all[index].grad is not None:
+                gradient = self._take(index)
                 held = gradient if held is None else held.add_(gradient)
             if held is None:
                 return None

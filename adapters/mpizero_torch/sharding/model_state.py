@@ -11,6 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError
 from mpizero.engine import COMMON
+from mpizero_torch import slices
 from mpizero_torch.replicate import broadcast_tensors
 from mpizero_torch.sharding.state import ShardedState
 from mpizero_torch.wrapper import DistributedModule
@@ -35,7 +36,8 @@ def whole_state_dict(
         index = number.get(id(value))
         if index is not None and state.is_scattered(index):
             if index not in collected:
-                collected[index] = state.collect(index, root)
+                own = state.collect(index, root)
+                collected[index] = None if own is None else slices.wrap(own, value)
             found[name] = collected[index]
         elif isinstance(value, torch.Tensor):
             found[name] = value.detach()
@@ -57,10 +59,10 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
         return
     model.hold_parameters()
     parameters = [parameter for _, parameter in state.named]
-    homes = [parameter.data for parameter in parameters]
+    homes = [slices.local(parameter).data for parameter in parameters]
     if modify and state.sharding.how == COMMON:
-        for parameter in parameters:
-            parameter.data = parameter.data.clone()
+        for parameter, home in zip(parameters, homes, strict=True):
+            slices.move(parameter, home.clone())
         state.memory.settle()
     try:
         yield model.module
@@ -70,7 +72,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
                 state.store(index, parameter)
     finally:
         for parameter, home in zip(parameters, homes, strict=True):
-            parameter.data = home
+            slices.move(parameter, home)
         model.let_parameters_go()
     state.memory.settle()
 

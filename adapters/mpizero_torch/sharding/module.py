@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError
 from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
-from mpizero_torch import batch_weight
+from mpizero_torch import batch_weight, slices
 from mpizero_torch.replicate import Buffers
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -169,7 +169,8 @@ class ShardedModule(DistributedModule):
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
         index = names.index(name)
         dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
-        whole = torch.zeros(self._named[index][1].shape, dtype=dtype, device=self._state.device)
+        shape = self._state.shapes[index]
+        whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
         has = 0
         for run in self.optimizer.runs:
             for piece in run.pieces:
@@ -179,7 +180,9 @@ class ShardedModule(DistributedModule):
                         part = run.gradient.reshape(-1)[piece.place]
                         whole.view(-1)[piece.elements] = part.to(whole)
         self.world.allreduce(whole)
-        return whole if self.world.allreduce(has, "max") else None
+        if not self.world.allreduce(has, "max"):
+            return None
+        return slices.wrap(whole, self._named[index][1])
 
     def before_update(self) -> None:
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
@@ -246,6 +249,11 @@ class ShardedModule(DistributedModule):
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
         if are_trainable != self._were_trainable:
             self._were_trainable = are_trainable
+            kinds = zip(self._named, are_trainable, strict=True)
+            self.world.agree(
+                [f"{key}: {'trained' if trained else 'frozen'}" for (key, _), trained in kinds],
+                "the parameters that are trained",
+            )
             self.sharder.set_trained(are_trainable)
             self._announcing = ()
         announcing = self._hooks.announced
@@ -289,7 +297,10 @@ class ShardedModule(DistributedModule):
         if self._sharding.stage == 1:
             return lambda index: self._state.gradient_view(self.sharder, index)
         if self._sharding.accumulate_in_float32:
-            return lambda index: torch.empty_like(self._named[index][1], dtype=torch.float32)
+            named = self._named
+            return lambda index: torch.empty_like(
+                slices.local(named[index][1]), dtype=torch.float32
+            )
         return None
 
     def _unscale(self) -> float:
@@ -329,7 +340,8 @@ class ShardedModule(DistributedModule):
         return value
 
     def _current_versions(self) -> list[int]:
-        return [0 if p.is_inference() else p._version for _, p in self._named]
+        # Writing to a DTensor counts for its own part, and for itself.
+        return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
 
     def _check_unwritten(self) -> None:
         """Shared memory written to by every rank would have been written to n times."""

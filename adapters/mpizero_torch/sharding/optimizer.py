@@ -10,6 +10,7 @@ from torch import nn
 
 from mpizero import MpizeroError
 from mpizero.diagnostics import recorder
+from mpizero_torch import slices
 from mpizero_torch.sharding.offload import with_gradients
 from mpizero_torch.sharding.optimizer_state import consolidate, distribute
 from mpizero_torch.sharding.runs import Run, split
@@ -93,7 +94,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         and, for a moment, one piece of a parameter's state.
         """
         state = self._module.state
-        return consolidate(self._inner, self._runs, self._members, state.shapes, state.group, root)
+        found = consolidate(self._inner, self._runs, self._members, state.shapes, state.group, root)
+        indices = [index for members in self._members for index in members]
+        for number, values in found["state"].items():
+            _as_placed(values, state.named[indices[number]][1])
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state_dict of a plain optimizer, or ``state_dict()``'s, on every rank.
@@ -176,6 +181,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):
             group["params"] = [run.parameter for run in self._runs if run.group == number]
+
+
+def _as_placed(values: dict[str, Any], parameter: torch.Tensor) -> None:
+    """Let state that was put together for a slice of a parameter be a slice, as torch has it."""
+    if slices.is_slice(parameter):
+        shape = slices.local(parameter).shape
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape == shape:
+                values[key] = slices.wrap(value, parameter)
 
 
 def no_gradients(where: str) -> MpizeroError:

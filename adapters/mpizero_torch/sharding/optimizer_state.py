@@ -16,6 +16,7 @@ import torch
 
 from mpizero import ArgumentError
 from mpizero.engine import ShardGroup
+from mpizero_torch import slices
 from mpizero_torch.sharding.runs import Run, split
 
 _NUMBERED = "step"  # counts steps: never a number for each element, never rounded to another dtype
@@ -103,7 +104,7 @@ def distribute(
     order = [number for each in saved["param_groups"] for number in each["params"]]
     indices = [index for each in members for index in each]
     state = {
-        index: {key: _here(key, value, shapes[index]) for key, value in found.items()}
+        index: {key: _here(key, _own(value), shapes[index]) for key, value in found.items()}
         for index, number in zip(indices, order, strict=True)
         if (found := saved["state"].get(number)) is not None
     }
@@ -221,6 +222,11 @@ def _here(key: str, value: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(value, Stored) and not _is_sliced(key, value, shape):
         return value.whole()
     return value
+
+
+def _own(value: Any) -> Any:
+    """Of a DTensor the part that is on this rank, as its parameter's."""
+    return slices.local(value) if isinstance(value, torch.Tensor) else value
 
 
 def _is_sliced(key: str, value: Any, shape: tuple[int, ...]) -> bool:

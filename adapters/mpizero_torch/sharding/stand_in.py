@@ -46,7 +46,34 @@ class ShardedGradient(torch.Tensor):
         return f"<gradient of shape {tuple(self.shape)}, sharded over the ranks>"
 
 
+class HeldGradient(ShardedGradient):
+    """Stands for a gradient that stayed on this rank, in memory of its own.
+
+    Pipeline schedules divide gradients by the number of micro-batches: so one may.
+    """
+
+    held: torch.Tensor
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor, held: torch.Tensor) -> HeldGradient:
+        """For a parameter whose gradient so far is ``held``."""
+        one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
+        found: HeldGradient = one.expand(parameter.shape).as_subclass(cls)
+        found.held = held
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in ("div_", "mul_") and len(args) == 2 and isinstance(args[0], cls):
+            getattr(args[0].held, name)(args[1])
+            return args[0]
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 def values_of(parameter: torch.Tensor) -> torch.Tensor | None:
     """A parameter's gradient on this rank, if it is one."""
     gradient = parameter.grad
-    return None if type(gradient) is ShardedGradient else gradient
+    return None if isinstance(gradient, ShardedGradient) else gradient

@@ -24,7 +24,7 @@ from mpizero.engine import (
     cut_by_parameter,
     cut_flat,
 )
-from mpizero_torch import tensors
+from mpizero_torch import slices, tensors
 from mpizero_torch.sharding.offload import StateOnDisk, pinned_zeros
 from mpizero_torch.sharding.runs import Run, parameter_runs, slice_runs
 from mpizero_torch.sharding.units import Unit, WholeSpace
@@ -186,18 +186,19 @@ class ShardedState:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(parameter.shape) for _, parameter in self.named]
+        """Of what this rank has of each: all of it, or its slice."""
+        return [tuple(slices.local(parameter).shape) for _, parameter in self.named]
 
     def specs(self) -> list[ParameterSpec]:
         return [
-            ParameterSpec(name, tuple(p.shape), tensors.numpy_dtype(self._dtype(p)))
-            for name, p in self.named
+            ParameterSpec(name, shape, tensors.numpy_dtype(self._dtype(p)))
+            for (name, p), shape in zip(self.named, self.shapes, strict=True)
         ]
 
     def store(self, index: int, values: torch.Tensor) -> None:
         """Give a parameter these values, the same on all ranks; to be followed by ``settle``."""
         own = self.space_of[index]
-        flat = values.detach().reshape(-1)
+        flat = slices.local(values).detach().reshape(-1)
         if own.group != FROZEN and self.memory.masters[own.number] is not None:
             flat = flat.float()
         else:
@@ -278,7 +279,7 @@ class ShardedState:
             if index not in unit.members:
                 unit.members.append(index)
         else:
-            parameter.data = tensors.as_tensor(self.memory.view(own.number, index))
+            slices.move(parameter, tensors.as_tensor(self.memory.view(own.number, index)))
         if parameter.grad is not None:
             parameter.grad = None
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpizero import MpizeroError
 from mpizero.progress import Handle
-from mpizero_torch import tensors
+from mpizero_torch import slices, tensors
 
 
 class ReleasedParameter(nn.Parameter):
@@ -37,16 +38,7 @@ class ReleasedParameter(nn.Parameter):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(function, "__name__", str(function))
-        reads = getattr(function, "__self__", None) is torch.Tensor.data and name == "__get__"
-        if reads or name not in _OF_FORM:
-            raise MpizeroError(
-                f"{name}() on a parameter of shape {tuple(args[0].shape)}, which is sharded over "
-                "the ranks: its values are gathered only while a module needs them. Read it inside "
-                "`with mz.gathered(model):`, or from model.state_dict()."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+        return _explain_released(function, args, kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<parameter of shape {tuple(self.shape)}, {self.dtype}, sharded over the ranks>"
@@ -55,6 +47,32 @@ class ReleasedParameter(nn.Parameter):
         raise MpizeroError(
             "A sharded parameter cannot be copied. Copy inside `with mz.gathered(model):`."
         )
+
+
+@cache
+def _released(kind: type) -> type:
+    """The class of a parameter of class ``kind`` while its values are not on this rank."""
+    if not slices.is_slice_type(kind):
+        return ReleasedParameter
+    # Of the same layout: an object's class may be changed only to one of those.
+    own = {
+        name: ReleasedParameter.__dict__[name]
+        for name in ("__torch_function__", "__repr__", "__deepcopy__")
+    }
+    return type("ReleasedSlice", (kind,), {"__slots__": (), "__doc__": kind.__doc__, **own})
+
+
+def _explain_released(function: Any, args: Any, kwargs: Any) -> Any:
+    name = getattr(function, "__name__", str(function))
+    reads = getattr(function, "__self__", None) is torch.Tensor.data and name == "__get__"
+    if reads or name not in _OF_FORM:
+        raise MpizeroError(
+            f"{name}() on a parameter of shape {tuple(args[0].shape)}, which is sharded over "
+            "the ranks: its values are gathered only while a module needs them. Read it inside "
+            "`with mz.gathered(model):`, or from model.state_dict()."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
 
 
 # What may be asked of a parameter that has no values now.
@@ -97,7 +115,7 @@ class WholeSpace:
         return not self._tenants
 
     def _place(self, parameter: nn.Parameter, place: slice, shape: tuple[int, ...]) -> None:
-        parameter.data = self.flat[place].view(shape)
+        slices.move(parameter, self.flat[place].view(shape))
 
     def make(self) -> Any:
         """Take memory; returns it as an array of the core."""
@@ -145,8 +163,8 @@ class Unit:
         """Give the memory back, and let nobody read where it was."""
         for _, whole in self.spaces:
             whole.drop()
-        for parameter, _ in self.parameters:
-            parameter.__class__ = ReleasedParameter
+        for parameter, kind in self.parameters:
+            parameter.__class__ = _released(kind)
         self.is_there = False
 
     @property

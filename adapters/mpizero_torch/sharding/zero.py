@@ -11,6 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup
+from mpizero_torch import slices
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -59,7 +60,7 @@ def zero(
         none of its groups are not trained.
     stage : what each of n ranks keeps only an n-th of: 1 the optimizer's state, 2 the gradients
         too, 3 the parameters too. 0: nothing (``DistributedDataParallel``).
-    world : the ranks; ``mz.init()``'s by default.
+    world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
     partition : "flat" cuts wherever it falls, for optimizers that treat every element on its own;
         "parameter" gives each rank whole parameters, for those that look at one parameter at a
         time. "auto" knows torch's optimizers; for others say which.
@@ -96,7 +97,9 @@ def zero(
         ), optimizer
     named = list(model.named_parameters())
     groups = _group_numbers(optimizer, named)
-    partition = choose_partition(optimizer, partition)
+    slices.check("zero()", named, world)
+    are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
+    partition = choose_partition(optimizer, partition, are_cut)
     _agree(world, named, list(model.named_buffers()), groups, partition, stage)
     group = ShardGroup(world, shard_group)
     sharding = Sharding(
@@ -110,6 +113,13 @@ def zero(
     )
     if sharding.how == SHARDED:
         _refuse_compiled(model)
+        if world.mesh is not None and world.mesh.pp.size > 1:
+            raise ArgumentError(
+                "zero()", "stage", "3 without shared parameters, for a stage of a pipeline",
+                "stage 1 or 2, or shared parameters",
+                "Its parameters would be gathered anew for each micro-batch, both ways, and "
+                "torch's schedules differentiate a stage in ways that do not tell when.",
+            )  # fmt: skip
     before = optimizer.state_dict() if optimizer.state else None
     sharded = ShardedOptimizer(optimizer)
     module = ShardedModule(
