@@ -27,7 +27,7 @@ TARGET = 0.9
 
 
 def parse() -> argparse.Namespace:
-    parser = option_parser(__doc__, steps=300)
+    parser = option_parser(__doc__, steps=600)
     parser.add_argument("--batch-size", type=positive, default=32, help="images per rank and step")
     parser.add_argument("--layers", type=positive, default=2, help="blocks of the transformer")
     parser.add_argument("--width", type=positive, default=32, help="size of a patch's vector")

@@ -61,7 +61,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
 
 
 def parse() -> argparse.Namespace:
-    parser = option_parser(__doc__, steps=200)
+    parser = option_parser(__doc__, steps=300)
     parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="train on these")
     for name, default, what in (
         ("--layers", 2, "blocks"),
