@@ -54,6 +54,26 @@ def test_an_exception_on_one_rank_ends_the_job(culprit: int, waiting: str) -> No
     assert f"[rank {rank}] is negative" in lines
 
 
+# What torch puts before our hook when a process group is made: it prefixes each line.
+COLLECTING_HOOK = """
+import io, sys
+inner = sys.excepthook
+def collect(*error):
+    outer, sys.stderr = sys.stderr, io.StringIO()
+    inner(*error)
+    outer.write(sys.stderr.getvalue())
+sys.excepthook = collect
+"""
+
+
+def test_a_hook_that_collects_what_ours_prints_hides_nothing() -> None:
+    program = "import mpizero\nw = mpizero.init()\n" + COLLECTING_HOOK
+    program += "if w.rank == 1:\n    raise ValueError('of rank 1 alone')\nw.barrier()\n"
+    result, _ = run(2, program)
+    assert result.returncode != 0
+    assert result.stderr.count("[rank 1] ValueError: of rank 1 alone") == 1, result.stderr
+
+
 def test_an_error_that_all_ranks_raise_is_printed_once() -> None:
     program = "import numpy as np, mpizero\nw = mpizero.init()\nw.allreduce(np.ones(3 + w.rank))\n"
     result, _ = run(3, program)

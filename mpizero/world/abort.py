@@ -8,6 +8,7 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 from __future__ import annotations
 
 import builtins
+import io
 import os
 import sys
 import threading
@@ -79,9 +80,14 @@ def end_quietly(status: int = 1) -> NoReturn:
 
 def say_last(text: str) -> None:
     """Print what the job ends for, and let the launcher have it before the job ends."""
+    stream = sys.stderr
+    if isinstance(stream, io.StringIO) and sys.__stderr__ is not None:
+        # torch's hook, put before ours by init_process_group(), collects what we print to show it
+        # when we return: never.
+        stream = sys.__stderr__
     with suppress(OSError, ValueError):  # nobody listens any more
-        sys.stderr.write(text)  # one write, so that other ranks' output does not cut in
-        sys.stderr.flush()
+        stream.write(text)  # one write, so that other ranks' output does not cut in
+        stream.flush()
     time.sleep(_DRAIN_SECONDS)
 
 

@@ -47,6 +47,12 @@ TINY = {
     "examples/train_gpt.py": [*_TINY_GPT.split(), "--text", str(ROOT / "mpizero/layout.py")],
     "examples/train_digits.py": ["--steps", "2"],
     "examples/numpy_only.py": ["--steps", "2"],
+    "examples/train_lightning.py": ["--steps", "6", "--json", "lightning.json"],
+    "examples/train_accelerate.py": ["--steps", "6", "--json", "accelerate.json"],
+    "examples/train_trainer.py": [
+        *("--steps", "6", "--json", "trainer.json", "--layers", "1", "--width", "32"),
+        *("--context", "32", "--text", str(ROOT / "mpizero/api/world.py")),
+    ],
     "bench": ["--to", "1K", "--seconds", "0.001"],
     "tune": ["--largest", "1024", "--seconds", "0.001"],
 }
