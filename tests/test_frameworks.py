@@ -108,10 +108,10 @@ class Readings:
         page = str(PAGE.relative_to(ROOT))
         steps = {page: read_page(PAGE).steps}
         mistakes = {"mistakes": [{"do": "exec", "line": 1, "text": MISTAKES}]}
-        self.together = mpirun(2, self._reader(2, steps | mistakes), timeout=120, env=self._env())
+        self.together = mpirun(2, self._reader(2, steps | mistakes), timeout=145, env=self._env())
         command = [sys.executable, *self._reader(1, steps)]
         env = launch_environment(self._env())
-        self.alone = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+        self.alone = subprocess.run(command, env=env, timeout=145, capture_output=True, text=True)
 
     def failures(self, ranks: int) -> dict[str, dict[str, Any]]:
         """What went wrong, by page."""
