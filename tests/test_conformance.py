@@ -44,7 +44,6 @@ QUICK = (
     "test_scatter_complex",
     "test_gather_checks",
     "test_gather_full_group",
-    "test_gather_object",
     "test_all_gather",
     "test_all_gather_complex",
     "test_all_gather_coalesced_with_empty",
