@@ -48,9 +48,9 @@ class Readings:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'adapters'}:{ROOT / 'tests'}",
             "MPIZERO_TUNING": str(folder / "tuning.json"),
         }
-        self._look(folder, 2, mpirun(2, reader, timeout=60, env=env).stderr)
+        self._look(folder, 2, mpirun(2, reader, timeout=110, env=env).stderr)
         alone = subprocess.run(
-            [sys.executable, *reader], env=launch_environment(env), timeout=60, check=False,
+            [sys.executable, *reader], env=launch_environment(env), timeout=110, check=False,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._look(folder, 1, alone.stderr)
