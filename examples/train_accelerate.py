@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=32, help="images per rank and step")
     parser.add_argument("--layers", type=positive, default=2, help="blocks of the transformer")
     parser.add_argument("--width", type=positive, default=32, help="size of a patch's vector")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--lr", type=float, default=6e-3, help="learning rate")
     return parser.parse_args()
 
 

@@ -44,7 +44,6 @@ QUICK = (
     "test_scatter_complex",
     "test_gather_checks",
     "test_gather_full_group",
-    "test_gather_object",
     "test_all_gather",
     "test_all_gather_complex",
     "test_all_gather_coalesced_with_empty",
@@ -80,11 +79,13 @@ def test_what_has_passed_passes() -> None:
     assert {n: o.details for n, o in now.items() if o.verdict != PASSED} == {}
 
 
+@pytest.mark.once
+@pytest.mark.timeout(240)
 def test_what_hangs_has_failed_and_the_rest_goes_on() -> None:
     """Of this barrier one rank alone knows; the launch behind it runs what is left."""
     hangs, runs = "test_barrier_timeout_full_group", "test_get_rank"
-    found = _run([hangs, runs], limit=15.0)
-    assert found[hangs].verdict == FAILED and "not done in 15 s" in found[hangs].reason
+    found = _run([hangs, runs], limit=10.0)
+    assert found[hangs].verdict == FAILED and "not done in 10 s" in found[hangs].reason
     assert "_test_barrier_timeout" in found[hangs].details  # where the rank that hung was
     assert found[runs].verdict == PASSED
 

@@ -56,11 +56,12 @@ def test_an_exception_on_one_rank_ends_the_job(culprit: int, waiting: str) -> No
 
 # What torch puts before our hook when a process group is made: it prefixes each line.
 COLLECTING_HOOK = """
-import io, sys
+import io, sys, time
 inner = sys.excepthook
 def collect(*error):
     outer, sys.stderr = sys.stderr, io.StringIO()
     inner(*error)
+    time.sleep(5)  # the launcher may be so quick
     outer.write(sys.stderr.getvalue())
 sys.excepthook = collect
 """

@@ -24,6 +24,7 @@ MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None
 
 pytestmark = [
     pytest.mark.once,
+    pytest.mark.timeout(300),  # two launches
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
@@ -107,10 +108,10 @@ class Readings:
         page = str(PAGE.relative_to(ROOT))
         steps = {page: read_page(PAGE).steps}
         mistakes = {"mistakes": [{"do": "exec", "line": 1, "text": MISTAKES}]}
-        self.together = mpirun(2, self._reader(2, steps | mistakes), timeout=400, env=self._env())
+        self.together = mpirun(2, self._reader(2, steps | mistakes), timeout=145, env=self._env())
         command = [sys.executable, *self._reader(1, steps)]
         env = launch_environment(self._env())
-        self.alone = subprocess.run(command, env=env, timeout=400, capture_output=True, text=True)
+        self.alone = subprocess.run(command, env=env, timeout=145, capture_output=True, text=True)
 
     def failures(self, ranks: int) -> dict[str, dict[str, Any]]:
         """What went wrong, by page."""
@@ -134,7 +135,6 @@ class Readings:
             "PYTHONPATH": os.pathsep.join(map(str, search)),
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.folder),
-            "PYTHONWARNINGS": "ignore",
         }
 
 

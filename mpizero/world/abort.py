@@ -82,8 +82,8 @@ def say_last(text: str) -> None:
     """Print what the job ends for, and let the launcher have it before the job ends."""
     stream = sys.stderr
     if isinstance(stream, io.StringIO) and sys.__stderr__ is not None:
-        # torch's hook, put before ours by init_process_group(), collects what we print to show it
-        # when we return: never.
+        # torch's hook, put before ours by init_process_group(), collects what we print and shows it
+        # when we return. We do not, or the launcher is quicker.
         stream = sys.__stderr__
     with suppress(OSError, ValueError):  # nobody listens any more
         stream.write(text)  # one write, so that other ranks' output does not cut in

@@ -17,6 +17,7 @@ from support.launch import ROOT, launch_environment, mpirun_command, started
 # Beside the tests' own limits: for starting Python and torch, on a machine that is busy.
 _START_SECONDS = 240.0
 _POLL_SECONDS = 0.2
+_STACK_SECONDS = 2.0  # one rank has run out of time: the others are about to
 _LINES_OF_STACK = 40
 _END_OF_OUTPUT = 4000  # characters
 
@@ -92,10 +93,18 @@ class _Launch:
         while process.poll() is None:
             if self._take_finished():
                 since = time.monotonic()
+            elif self._is_out_of_time():
+                time.sleep(_STACK_SECONDS)
+                return "the launch was ended, as the time was up"
             elif time.monotonic() - since > _START_SECONDS + self._setting.limit:
                 return "the launch was killed, as nothing came of it any more"
             time.sleep(_POLL_SECONDS)
         return f"the launch ended with status {process.returncode}"
+
+    def _is_out_of_time(self) -> bool:
+        """Has a rank written down where it is stuck?"""
+        stacks = self._folder.glob(f"{len(self._outcomes)}.*.stack")
+        return any(stack.stat().st_size for stack in stacks)
 
     def _take_finished(self) -> int:
         """Take the outcomes of the tests that all ranks have told of; how many these are."""

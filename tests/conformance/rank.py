@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -31,6 +32,7 @@ _POLL_SECONDS = 0.005
 _LONGEST_REASON = 160
 # A rank that has failed gives the others this long: they may be waiting for it for ever.
 _GRACE_SECONDS = 15.0
+_LAST_RESORT_SECONDS = 60.0
 
 
 class Rank:
@@ -47,11 +49,14 @@ class Rank:
         """Run all tests, or as far as they go."""
         for number, name in enumerate(self._tests):
             with (self._folder / f"{number}.{self._rank}.stack").open("w") as stack:
-                faulthandler.dump_traceback_later(self._limit, exit=True, file=stack)
+                # All ranks say where they hang; the launch is ended from outside, or by the alarm.
+                faulthandler.dump_traceback_later(self._limit, file=stack)
+                signal.alarm(int(self._limit + _LAST_RESORT_SECONDS))
                 own = self._outcome(number, name)
                 self._tell(number, own)
                 fine = self._hear(number, own)
                 faulthandler.cancel_dump_traceback_later()
+                signal.alarm(0)
             if not fine:
                 return
 
