@@ -220,7 +220,6 @@ ROOM = [
 TRAININGS = [
     Fault(
         "exception in a hook", "raise", "backward", "ddp", (-1,), 2, thread=True, says=RAISED,
-        short=True,
     ),
     Fault("exception in forward", "raise", "forward", "zero3", (0,), 2, says=RAISED),
     Fault("exception in the optimizer's step", "raise", "update", "zero1", (-1,), 2, says=RAISED),
@@ -318,7 +317,6 @@ TRAININGS = [
     ),
     Fault(
         "SIGKILL while saving", "SIGKILL", "save", "zero3", (0,), 2, saves=True, says=KILLED,
-        short=True,
     ),
     Fault(
         "SIGKILL while saving in the background", "SIGKILL", "save", "zero1", (-1,), 2,
@@ -338,7 +336,7 @@ SURVIVED = [
     ),
     Fault(
         "SIGKILL, elastic, zero2", "SIGKILL", "update", "elastic", (-1,), 3, thread=True,
-        promise=GOES_ON, launcher_arguments=ULFM, only=OPEN_MPI, options={"stage": 2}, short=True,
+        promise=GOES_ON, launcher_arguments=ULFM, only=OPEN_MPI, options={"stage": 2},
     ),
     Fault(
         "SIGKILL, elastic, zero3", "SIGKILL", "before", "elastic", (-1,), 3, promise=GOES_ON,
