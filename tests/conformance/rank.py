@@ -15,10 +15,12 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import unittest
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,16 @@ class Rank:
         for number, name in enumerate(self._tests):
             with (self._folder / f"{number}.{self._rank}.stack").open("w") as stack:
                 # All ranks say where they hang; the launch is ended from outside, or by the alarm.
-                faulthandler.dump_traceback_later(self._limit, file=stack)
+                # By a thread of Python's: faulthandler's own would read frames that change.
+                show = partial(faulthandler.dump_traceback, stack)
+                timer = threading.Timer(self._limit, show)
+                timer.daemon = True
+                timer.start()
                 signal.alarm(int(self._limit + _LAST_RESORT_SECONDS))
                 own = self._outcome(number, name)
                 self._tell(number, own)
                 fine = self._hear(number, own)
-                faulthandler.cancel_dump_traceback_later()
+                timer.cancel()
                 signal.alarm(0)
             if not fine:
                 return
