@@ -320,7 +320,9 @@ def test_slurm_signals_requeues_and_resumes_the_job(tmp_path: Path) -> None:
         first = said()
         assert first.count("from 0 on 1 threads 1") == 2, first
         assert "a rank has received SIGUSR1: saving, and leaving" in first
-        # Slurm keeps a requeued job back for two minutes.
+        # Slurm keeps a requeued job back for two minutes. It needs one second: a node refuses what
+        # is started in the second in which it was killed there.
+        time.sleep(2)
         cluster("scontrol", "update", f"JobId={job}", "StartTime=now")
         wait_for(lambda: shows("JobState=COMPLETED"), f"the second run; {said()}", cluster, 120)
     resumed = re.findall(r"from (\d+) on 1 threads 1", said())[2:]

@@ -199,7 +199,10 @@ def reference(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(40)  # where it hangs, if it does
+    # Where it hangs, if it does. By a thread of Python's: faulthandler's own reads frames that change.
+    alarm = threading.Timer(40, faulthandler.dump_traceback)
+    alarm.daemon = True
+    alarm.start()
     settings = json.loads(sys.argv[1])
     if isinstance(settings, list):
         for each in settings:

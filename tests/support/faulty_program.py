@@ -73,12 +73,16 @@ class Fault:
         self.tell("step", time.time(), self.step)
 
     def _act_inside(self) -> None:
+        self._await_open_call()
+        self.tell("fault", time.time(), self.step)
+        # Telling gave Python's lock away. From here on this thread keeps it, so that the main one,
+        # found in a call, cannot have left it when the fault happens.
+        self._await_open_call()
+        self.acts[self.config["act"]](self)
+
+    def _await_open_call(self) -> None:
         record = diagnostics.recorder().record
-        while True:
-            begun = record.oldest_open()
-            if begun is not None and time.monotonic_ns() - begun > 1_000_000:
-                self.act()
-                return
+        while (begun := record.oldest_open()) is None or time.monotonic_ns() - begun < 1_000_000:
             time.sleep(0.0002)
 
 
