@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpizero.collectives.interface import Algorithm
+from mpizero.collectives.stages import Stages
 from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.board import Board
 from mpizero.memory.dtypes import is_half
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Up to this size, and for more than four ranks in proportion less, combining a whole array on every
-# rank costs less than a second step (measured at 2 and 4 ranks: 128 KB in 70 % of the time of MPI's
-# own all-reduce, 512 KB in 70 to 100 %, 1 MB no longer).
-_ONE_STEP_BYTES = 512 << 10
+# rank costs less than a second step.
+_ONE_STEP_BYTES = 64 << 10
 _ONE_STEP_READ_BYTES = 3 * _ONE_STEP_BYTES
+_ONE_STEP_HALF_BYTES = 16 << 10  # of 16-bit floats, which are widened first
 
 
 class NodeShared(Algorithm):
@@ -37,20 +38,28 @@ class NodeShared(Algorithm):
     def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, board: Board) -> None:
         self._memory = memory
         self._board = board
+        self.stages = Stages(board)
         self.rank, self.size = comm.rank, comm.size
-        self.small_bytes = min(
+        self._small_bytes = min(
             _ONE_STEP_BYTES, _ONE_STEP_READ_BYTES // (comm.size - 1 or 1), board.payload_bytes
         )
 
+    def is_small(self, array: Any) -> bool:
+        """Is it combined as a whole on every rank, wherever it lies?"""
+        most = _ONE_STEP_HALF_BYTES if is_half(array.dtype) else _ONE_STEP_BYTES
+        return bool(array.nbytes <= min(most, self._small_bytes))
+
     def all_reduce(self, array: Any, op: Operation) -> None:
-        if array.nbytes <= self.small_bytes:
+        if self.is_small(array):
             op.reduce_rows(self.publish(array), array)
             return
         parts = self.counterparts(array)
-        if parts is None:
-            self._all_reduce_chunks(array, op)
-        else:
+        if parts is not None:
             self.all_reduce_parts(parts, op)
+            return
+        self.stages.stage(array)
+        self.barrier()
+        self.stages.all_reduce(array, op)
 
     def all_reduce_parts(self, parts: Sequence[Any], op: Operation) -> None:
         """All-reduce of ``parts``, the arrays of all ranks, which are ready to be read."""
@@ -63,7 +72,7 @@ class NodeShared(Algorithm):
         self.barrier()
 
     def reduce_scatter(self, array: Any, out: Any, op: Operation) -> None:
-        parts = self.counterparts(array) if array.nbytes > self.small_bytes else None
+        parts = None if self.is_small(array) else self.counterparts(array)
         if parts is not None:
             self.reduce_scatter_parts(parts, out, op)
             return
@@ -148,39 +157,9 @@ class NodeShared(Algorithm):
             for rank, slot in enumerate(self.publish(chunk)):
                 results[rank, columns] = slot.reshape(chunk.shape)[self.rank]
 
-    def all_reduce_shown(self, slots: Sequence[Any], array: Any, op: Operation) -> None:
-        """All-reduce of what the ranks have shown in ``slots`` into ``array``, by slices."""
-        self._combine_own_slice(slots, array, op)
-        self.barrier()
-        self._fetch_other_slices(slots, array)
-
-    def _all_reduce_chunks(self, array: Any, op: Operation) -> None:
-        """In each step show a chunk, combine one's slice of the last, fetch the one before."""
-        width = self.slot_bytes // array.itemsize
-        chunks = [array[start : start + width] for start in range(0, array.size, width)]
-        shown: list[list[Any]] = []
-        for step in range(len(chunks) + 2):
-            if step < len(chunks):
-                shown.append(self.show(chunks[step]))
-            if 1 <= step <= len(chunks):
-                self._combine_own_slice(shown[step - 1], chunks[step - 1], op)
-            if step >= 2:
-                self._fetch_other_slices(shown[step - 2], chunks[step - 2])
-            self.barrier()
-
-    def _combine_own_slice(self, slots: Sequence[Any], chunk: Any, op: Operation) -> None:
-        """Into the chunk, and into this rank's slot, where the others fetch it."""
-        own = cut_evenly(chunk.size, self.size)[self.rank]
-        op.reduce_to_all([slot[own] for slot in slots], [chunk[own], slots[self.rank][own]])
-
-    def _fetch_other_slices(self, slots: Sequence[Any], chunk: Any) -> None:
-        for rank, place in enumerate(cut_evenly(chunk.size, self.size)):
-            if rank != self.rank:
-                chunk[place] = slots[rank][place]
-
     def spot(self, array: Any) -> int:
         """Where ``array`` lies in node-shared memory; nowhere if it is small: its bytes travel."""
-        return NOWHERE if array.nbytes <= self.small_bytes else self._memory.spot(array)
+        return NOWHERE if self.is_small(array) else self._memory.spot(array)
 
     def counterparts(self, array: Any) -> list[Any] | None:
         """All ranks' arrays, ready to be read, if they lie at the same spot of shared memory."""

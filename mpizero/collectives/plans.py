@@ -5,13 +5,12 @@ the description of a call, its fingerprint and its algorithm are worked out once
 (dtype, shape, operation, algorithm): ``benchmarks/allreduce.py`` shows what that leaves of a call,
 beside mpi4py's own.
 
-Where the sum is formed in the board's payloads, the data travels with the agreement: a small array
-takes one step, in which every rank combines everything; a middling one takes two.
+Where the sum is formed in shared memory, the data travels with the agreement: a small array takes
+one step, in which every rank combines everything; the chunks of a larger one take two.
 """
 
 from __future__ import annotations
 
-import contextvars
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +27,7 @@ from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.board import PAGES, Board
 from mpizero.memory.dtypes import is_half
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
-from mpizero.reduction import Operation
-
-# Up to this size it does not pay to ask where an array lies; larger ones in node-shared memory are
-# reduced where they are.
-_ONE_WAY_BYTES = 64 << 10
+from mpizero.reduction import Operation, quietly
 
 _MOST_PLANS = 1024
 
@@ -72,8 +67,7 @@ class BySpot:
     shared: Algorithm
     private_one: Algorithm
     private: Callable[[Any], None]  # prepared, by that one
-    one_step: OneStep | None  # for private arrays that are small enough
-    travels: bool  # other private data is shown with the agreement, too, and summed in two steps
+    travels: bool  # private data is staged before the agreement
     seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
 
 
@@ -114,21 +108,17 @@ class Plans:
         private: Algorithm,
     ) -> Plan:
         """Keep a plan for a form that has been found to be right."""
-        mine, nbytes = fingerprint(description), array.nbytes
+        mine = fingerprint(description)
         node = private is self._node
-        one_step = None
-        if node and nbytes <= self._node.small_bytes:
-            one_step = OneStep(description, mine, self._rows(array), _reduction_of(array, op))
         plan: Plan
-        if one_step is not None and nbytes <= _ONE_WAY_BYTES:
-            plan = one_step
+        if node and self._node.is_small(array):
+            plan = OneStep(description, mine, self._rows(array), _reduction_of(array, op))
         else:
             if isinstance(private, Native):
                 run = private.prepared(array, op)
             else:
                 run = partial(private.all_reduce, op=op)
-            travels = node and one_step is None and nbytes <= self._node.slot_bytes
-            plan = BySpot(description, mine, op, shared, private, run, one_step, travels)
+            plan = BySpot(description, mine, op, shared, private, run, travels=node)
         if len(self._plans) >= _MOST_PLANS:  # a program without habits: start over
             self._plans.clear()
         self._plans[array.dtype, array.shape, op.name, algorithm] = plan
@@ -158,21 +148,13 @@ class Plans:
         if known is None or known[0]() is not array:
             known = self._look_up(plan, array)
         _, spot, slices = known
-        shown: Sequence[Any] | None = None
-        if spot == NOWHERE and plan.one_step is not None:
-            shown = plan.one_step.rows[self._board.count % PAGES]
-            array = array.reshape(shown[0].shape)
-            shown[self._board.rank][...] = array
-        elif spot == NOWHERE and plan.travels:
-            shown = self._node.show(array.reshape(-1))
+        if spot == NOWHERE and plan.travels:
+            self._node.stages.stage(array.reshape(-1))
         common = self._agreement.compare(plan.fingerprint, spot, plan.description)
         lies_shared = common is not None and common != NOWHERE
         self.last_algorithm = (plan.shared if lies_shared else plan.private_one).name
-        if common == NOWHERE and shown is not None:
-            if plan.one_step is not None:
-                plan.one_step.reduce(shown, array)
-            else:
-                self._node.all_reduce_shown(shown, array.reshape(-1), plan.op)
+        if common == NOWHERE and plan.travels:
+            self._node.stages.all_reduce(array.reshape(-1), plan.op)
         elif not lies_shared:
             plan.private(array.reshape(-1))
         elif plan.shared is self._node:
@@ -208,7 +190,7 @@ def _reduction_of(array: Any, op: Operation) -> Callable[[Rows, Any], None]:
 
 
 def _reduction(op: Operation) -> Callable[[Rows, Any], None]:
-    run, function, divisor = _quietly(), op.function, op.divisor
+    run, function, divisor = quietly(), op.function, op.divisor
     if function in (np.maximum, np.minimum):  # the others take ``out`` by place, which is quicker
         function = _with_out(function)
 
@@ -224,7 +206,7 @@ def _reduction(op: Operation) -> Callable[[Rows, Any], None]:
 
 def _by_numpys_casts(op: Operation) -> Callable[[Rows, Any], None]:
     """16-bit rows, widened and rounded by numpy: for short ones its calls cost least."""
-    reduce, run = _reduction(op), _quietly()
+    reduce, run = _reduction(op), quietly()
 
     def reduce_and_round(rows: Rows, target: Any) -> None:
         total = np.empty(target.shape, np.float32)
@@ -243,16 +225,3 @@ def _by_blocks(op: Operation) -> Callable[[Rows, Any], None]:
 
 def _with_out(function: Any) -> Callable[[Any, Any, Any], None]:
     return lambda first, second, out: function(first, second, out=out)
-
-
-def _quietly() -> Callable[..., Any]:
-    """``_quietly()(f, *arguments)`` calls f without numpy's warnings.
-
-    NaN and overflow are the user's to see in the result. Since numpy 2 its error state is a context
-    variable: a context that ignores errors is entered in a fifth of the time of np.errstate.
-    """
-    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-        return np.errstate(all="ignore")(lambda function, *arguments: function(*arguments))
-    context = contextvars.copy_context()
-    context.run(np.seterr, all="ignore")
-    return context.run

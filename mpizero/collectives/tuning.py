@@ -56,7 +56,7 @@ def case(half: bool, shared: bool, one_node: bool) -> str:
 BUILT_IN = Tuning(
     {
         case(False, True, True): ((ALL_BYTES, "node_shared"),),
-        case(False, False, True): ((512 << 10, "node_shared"), (ALL_BYTES, "native")),
+        case(False, False, True): ((ALL_BYTES, "node_shared"),),
         case(True, True, True): ((ALL_BYTES, "node_shared"),),
         case(True, False, True): ((ALL_BYTES, "node_shared"),),
         case(False, False, False): ((1 << 20, "native"), (ALL_BYTES, "hierarchical")),

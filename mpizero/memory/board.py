@@ -23,6 +23,12 @@ from mpizero.world.survival import watch
 # for all ranks' payloads to stay in a shared cache. Where there is no room for that, less.
 PAYLOAD_BYTES = (1 << 20, 64 << 10, 8 << 10)
 
+# A rank's stage, where its private memory passes through, in parts of a payload. What is combined
+# at a time (the array, what was staged of it, what others have staged) is to stay in a core's own
+# cache. (Measured from 1 to 64 MB on cores with 2 MiB: 256 KB, 512 KB and 1 MB all within 8 %,
+# 2 MB 10 to 50 % slower.)
+_STAGE_PART = 2
+
 # A board takes no more than this part of the room that there is: arrays want it too.
 _SHARE = 1 / 4
 
@@ -67,23 +73,27 @@ class Board:
         rank: int,
         crowded: bool,
         check: Callable[[], None] | None = None,
+        stage_bytes: int = 0,
     ) -> None:
         self.rank, self.size = rank, len(window.parts)
         self._sync = window.sync
         self._check = check  # raises if one of those waited for can never come
         self._crowded = crowded  # more ranks than cores: waiting must not burn a time slice
-        page_bytes = len(window.own) // PAGES
+        page_bytes = (len(window.own) - stage_bytes) // PAGES
         self.payload_bytes = page_bytes - PAGE
         self.pages = tuple(_page(window, rank, at * page_bytes, page_bytes) for at in range(PAGES))
+        # Every rank's room beside the pages, whose use is a matter of those who use it.
+        self.stages = tuple(part[PAGES * page_bytes :] for part in window.parts)
         self.count = 0  # of exchanges so far; the next one is on page ``count % PAGES``
 
     @classmethod
     def open(cls, memory: NodeMemory, crowded: bool) -> Board | None:
         """A board for the ranks of ``memory``; None where there is no room. Collective."""
         for payload_bytes in PAYLOAD_BYTES:
-            window = memory.window(PAGES * (PAGE + payload_bytes), _SHARE)
+            stage_bytes = payload_bytes // _STAGE_PART
+            window = memory.window(PAGES * (PAGE + payload_bytes) + stage_bytes, _SHARE)
             if window is not None:
-                return cls(window, memory.comm.rank, crowded, watch(memory.comm))
+                return cls(window, memory.comm.rank, crowded, watch(memory.comm), stage_bytes)
         return None
 
     @property

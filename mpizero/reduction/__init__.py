@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mpizero.reduction.operation import Operation, operation
+from mpizero.reduction.operation import Operation, operation, quietly
 
-__all__ = ["Operation", "operation"]
+__all__ = ["Operation", "operation", "quietly"]

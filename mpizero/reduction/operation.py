@@ -6,6 +6,8 @@ blocks, and ``finish`` each block once, where it is complete.
 
 from __future__ import annotations
 
+import contextvars
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +27,29 @@ Divisor = Callable[[], float]
 BLOCK = 64 * 1024
 
 
+def quietly() -> Callable[..., Any]:
+    """``quietly()(f, *arguments)`` calls f without numpy's warnings.
+
+    NaN and overflow are the user's to see in the result. Since numpy 2 its error state is a context
+    variable: a context that ignores errors is entered in a fifth of the time of np.errstate.
+    """
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        return np.errstate(all="ignore")(lambda function, *arguments: function(*arguments))
+    context = contextvars.copy_context()
+    context.run(np.seterr, all="ignore")
+    return context.run
+
+
+class _Quiet(threading.local):
+    """A context can be entered by one thread at a time."""
+
+    def __init__(self) -> None:
+        self.run = quietly()
+
+
+_quiet = _Quiet()
+
+
 @dataclass(frozen=True)
 class Operation:
     """One reduction: its name, the element-wise function, and the divisor of a mean (or None).
@@ -41,15 +66,14 @@ class Operation:
         """``into = into (op) other``, element by element, in place."""
         # NaN or overflow in the user's numbers is the user's to see in the result, not a warning
         # from inside a collective.
-        with np.errstate(all="ignore"):
-            self.function(into, other, out=into)  # CuPy arrays answer numpy's functions
+        _quiet.run(self.function, into, other, out=into)  # CuPy arrays answer numpy's functions
 
     def finish(self, total: Any) -> None:
         """Make the complete ``total`` the result: divide for a mean."""
         if self.divisor is not None:
             divisor = self.divisor()
             if divisor != 1.0:
-                np.divide(total, divisor, out=total)
+                _quiet.run(np.divide, total, divisor, out=total)
 
     def reduce_rows(self, rows: Sequence[Any], out: Any) -> None:
         """Combine equally long 1-D ``rows``, in their order, and finish into ``out``.
@@ -67,38 +91,37 @@ class Operation:
 
         Works block by block, so that the running total stays in cache.
         """
-        if outs[0].size == 0:
+        first, *others = outs
+        if first.size == 0:
             return
         half = is_half(rows[0].dtype)
         # Totals are kept in the first output, unless a row that is still to be read lies there.
-        direct = outs[0] is rows[0] or not (half or _any_overlap(outs[0], rows))
+        direct = not half and not _any_overlap(first, rows[2:])
         room = None if half or direct else empty_like(rows[0], (min(BLOCK, rows[0].size),))
-        with np.errstate(all="ignore"):
-            for start in range(0, outs[0].size, BLOCK):
-                part = slice(start, start + BLOCK)
-                blocks = [row[part] for row in rows]
-                first = outs[0][part]
-                if half:
-                    total = self._widened_total(blocks)
-                else:
-                    total = self._total(blocks, first if room is None else room[: first.size])
-                self.finish_into(total, first)
-                for out in outs[1:]:
-                    out[part] = first
+        for start in range(0, first.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            blocks, result = [row[part] for row in rows], first[part]
+            if half:
+                total = self._widened_total(blocks)
+            else:
+                total = self._total(blocks, result if room is None else room[: result.size])
+            self.finish_into(total, result)
+            for out in others:
+                out[part] = result
 
     def _total(self, blocks: Sequence[Any], total: Any) -> Any:
         if len(blocks) == 1:
             total[...] = blocks[0]
         else:
-            self.function(blocks[0], blocks[1], out=total)
+            _quiet.run(self.function, blocks[0], blocks[1], out=total)
         for block in blocks[2:]:
-            self.function(total, block, out=total)
+            _quiet.run(self.function, total, block, out=total)
         return total
 
     def _widened_total(self, blocks: Sequence[Any]) -> Any:
         total = widen(blocks[0])
         for block in blocks[1:]:
-            self.function(total, widen(block), out=total)
+            _quiet.run(self.function, total, widen(block), out=total)
         return total
 
     def accumulator(self, block: Any) -> Any:

@@ -199,7 +199,7 @@ def reference(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Where it hangs, if it does. By a thread of Python's: faulthandler's own reads frames that change.
+    # Where it hangs, if it does; by a thread of Python's: faulthandler's own crashes slow ranks.
     alarm = threading.Timer(40, faulthandler.dump_traceback)
     alarm.daemon = True
     alarm.start()
