@@ -58,11 +58,15 @@ def no_update(model: nn.Module) -> Trainer:
     return Trainer(model, lambda loss: loss.backward(), model.zero_grad)
 
 
-def torch_ddp(model: nn.Module, group: Any = None) -> Trainer:
-    """``group``: the process group to average over; None: the default one."""
+def torch_ddp(model: nn.Module, group: Any = None, *, views: bool = False) -> Trainer:
+    """``group``: the process group to average over; None: the default one.
+
+    ``views``: gradients are views of what is communicated, which torch leaves to the user.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
-    return plain_loop(DistributedDataParallel(model, process_group=group), adamw(model))
+    wrapped = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=views)
+    return plain_loop(wrapped, adamw(model))
 
 
 def torch_zero1(model: nn.Module) -> Trainer:

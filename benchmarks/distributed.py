@@ -3,10 +3,11 @@
     mpirun -n 2 python benchmarks/distributed.py [--only collectives|training] [--json FILE]
 
 Collectives are called as users call them, through ``torch.distributed``, for tensors in private
-memory. Training is stock torch: ``DistributedDataParallel`` and ``fully_shard`` on GPT-2 124M (one
-sequence of 64 tokens a rank and step), and only the process group differs. The contestants take
-turns in an order drawn anew each time; medians of the slowest rank, and all must arrive at the
-same loss.
+memory. Training is stock torch: ``DistributedDataParallel``, with and without
+``gradient_as_bucket_view``, and ``fully_shard`` on GPT-2 124M (one sequence of 64 tokens a rank and
+step), and only the process group differs; "alone" is the same step without communication. The
+contestants take turns in an order drawn anew each time; medians of the slowest rank, and both must
+arrive at the same loss.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import mpizero_torch.distributed
 from mpizero import World
 from mpizero.measure import seconds_of
 
-OURS, GLOO = "mpizero", "gloo"
+OURS, GLOO, ALONE = "mpizero", "gloo", "alone"
+VIEWS = "DDP, gradient_as_bucket_view"
 SIZES = (4, 1 << 10, 64 << 10, 1 << 20, 16 << 20)
 WARM_UP = 2
 TOLERANCE = 1e-4  # of the loss
@@ -68,14 +70,16 @@ def measure_collectives(
     return rows
 
 
-def trainers(groups: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
-    """Stock torch, by (how, backend)."""
-    found = {}
+def trainers(how: str, groups: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
+    """Stock torch, by backend; "alone": the same model, which communicates nothing."""
+    found = {ALONE: contestants.alone(model())}
     for name, group in groups.items():
-        found["DDP", name] = contestants.torch_ddp(model(), group)
-        found["fully_shard", name] = contestants.fsdp2(
-            model(), reshard=True, group=group, from_group=name == OURS
-        )
+        if how == "fully_shard":
+            found[name] = contestants.fsdp2(
+                model(), reshard=True, group=group, from_group=name == OURS
+            )
+        else:
+            found[name] = contestants.torch_ddp(model(), group, views=how == VIEWS)
     return found
 
 
@@ -83,36 +87,42 @@ def measure_training(
     world: World, groups: dict[str, Any], model: str, steps: int
 ) -> list[dict[str, Any]]:
     """A row for each way to train: seconds a step by backend, and whether the losses are equal."""
+    return [
+        measure_one_way(world, how, groups, model, steps) for how in ("DDP", VIEWS, "fully_shard")
+    ]
+
+
+def measure_one_way(
+    world: World, how: str, groups: dict[str, Any], model: str, steps: int
+) -> dict[str, Any]:
+    """One row: its contestants take turns at every step."""
     task = TASKS[model](64)
-    every = trainers(groups, task.model)
-    seconds: dict[Any, list[float]] = {key: [] for key in every}
-    losses: dict[Any, float] = {}
+    every = trainers(how, groups, task.model)
+    seconds: dict[str, list[float]] = {name: [] for name in every}
+    losses: dict[str, float] = {}
     for step in range(steps + WARM_UP):
         x, y = task.batch(step * world.size + world.rank)
-        for key in random.Random(step).sample(list(every), len(every)):
-            trainer = every[key]
+        for name in random.Random(step).sample(list(every), len(every)):
+            trainer = every[name]
             world.barrier()
             start = time.perf_counter()
             loss = trainer.model(x, y)
             trainer.backward(loss)
             trainer.update()
-            seconds[key].append(time.perf_counter() - start)
-            losses[key] = loss.item()
+            seconds[name].append(time.perf_counter() - start)
+            losses[name] = loss.item()
     medians = {
-        key: float(np.median(world.allreduce(np.array(found[WARM_UP:]), "max")))
-        for key, found in seconds.items()
+        name: float(np.median(world.allreduce(np.array(found[WARM_UP:]), "max")))
+        for name, found in seconds.items()
     }
-    means = {key: world.allreduce(loss) / world.size for key, loss in losses.items()}
-    rows = []
-    for how in dict.fromkeys(how for how, _ in every):
-        of_backend = {name: medians[how, name] for name in groups}
-        differs = abs(means[how, OURS] - means[how, GLOO]) > TOLERANCE * abs(means[how, GLOO])
-        row = {"call": f"{model}, {how}", "seconds": of_backend, "differs": differs}
-        rows.append(row)
-        if world.rank == 0:
-            text = line(f"{row['call']:<33}", of_backend, 1e3, "ms")
-            print(text + ("  LOSSES DIFFER" if differs else ""), flush=True)
-    return rows
+    means = {name: world.allreduce(losses[name]) / world.size for name in groups}
+    differs = abs(means[OURS] - means[GLOO]) > TOLERANCE * abs(means[GLOO])
+    row = {"call": f"{model}, {how}", "seconds": medians, "differs": differs}
+    if world.rank == 0:
+        alone = f"   (alone {medians[ALONE] * 1e3:.1f} ms)"
+        text = line(f"{row['call']:<36}", medians, 1e3, "ms")
+        print(text + alone + ("  LOSSES DIFFER" if differs else ""), flush=True)
+    return row
 
 
 def line(title: str, seconds: dict[str, float], unit: float, name: str) -> str:

@@ -19,7 +19,7 @@ from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
-from mpizero.progress import Handle, Messages, Worker, overlaps
+from mpizero.progress import Handle, Messages, Worker, has_core, overlaps
 from mpizero.world import Device
 from mpizero.world.startup import load_mpi
 from mpizero.world.survival import lifeline, track
@@ -55,7 +55,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
         self._lanes = lanes = Lanes.of(self, in_order)
         threaded = overlaps(self, wanted=in_order)
-        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order)
+        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order, has_core(self))
         self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpizero.memory.node_shared import PAGE, NodeMemory, Shared
-from mpizero.world import in_flight
+from mpizero.world import in_flight, shared_cores
 from mpizero.world.survival import watch
 
 # What a rank can show with a note. Large enough to make an exchange cheap beside it, small enough
@@ -48,7 +48,7 @@ _EAGER_LOOKS, _YIELDING_LOOKS, _NAP_SECONDS = 2_000, 20_000, 100e-6
 _LOOKS_BEFORE_SLEEP = 20
 
 # Every so many looks let MPI move messages, and in a job that survives deaths ask whether anybody
-# has died.
+# has died. A thread beside the compute naps then.
 _LOOKS_BEFORE_CHECK = 50
 
 
@@ -130,6 +130,8 @@ class Board:
                     self._check()
                 if in_flight.under_way:
                     in_flight.move()
+                if shared_cores.shares():
+                    time.sleep(_NAP_SECONDS)
             if looks > _YIELDING_LOOKS:
                 time.sleep(_NAP_SECONDS)
             elif self._crowded and looks % _LOOKS_BEFORE_SLEEP == 0:

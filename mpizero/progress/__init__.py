@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from mpizero.progress.handle import Handle
 from mpizero.progress.messages import Message, Messages
-from mpizero.progress.worker import Worker, overlaps
+from mpizero.progress.worker import Worker, has_core, overlaps
 
-__all__ = ["Handle", "Message", "Messages", "Worker", "overlaps"]
+__all__ = ["Handle", "Message", "Messages", "Worker", "has_core", "overlaps"]

@@ -19,6 +19,7 @@ from typing import Any
 from mpizero.diagnostics import Lane, recorded
 from mpizero.errors import ArgumentError
 from mpizero.progress.handle import Handle
+from mpizero.world import shared_cores
 from mpizero.world.group import Group
 
 
@@ -40,8 +41,13 @@ def overlaps(group: Group, wanted: bool = False) -> bool:
             "auto or inline",
             f"This MPI grants thread level '{group.thread_level}'; a thread needs 'multiple'.",
         )
-    wanted = wanted or group.cores_per_rank >= 2
+    wanted = wanted or has_core(group)
     return possible and (wish == "thread" or (wish == "auto" and wanted))
+
+
+def has_core(group: Group) -> bool:
+    """Is there a core for a thread beside each rank's compute?"""
+    return bool(group.cores_per_rank >= 2)
 
 
 class Worker:
@@ -53,8 +59,10 @@ class Worker:
         on_start: Callable[[], None],
         waiting: Lane,
         in_order: bool = False,
+        has_core: bool = True,
     ) -> None:
         self.threaded = threaded
+        self._has_core = has_core  # the thread, beside the compute
         self._in_order = in_order
         self._turn = threading.Lock()  # held by the thread that carries operations out
         self._unfinished: set[Handle] = set()
@@ -129,8 +137,11 @@ class Worker:
 
     def _serve(self) -> None:
         self._on_start()
+        if not self._has_core:
+            shared_cores.share()
         while (handle := self._submitted.get()) is not None:
             self._run(handle)
+        shared_cores.leave()
 
     def _run(self, handle: Handle) -> None:
         if not self._in_order:

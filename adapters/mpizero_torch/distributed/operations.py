@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,24 +19,30 @@ _NAMES = {
     _Kind.BAND: "band",
     _Kind.BOR: "bor",
     _Kind.BXOR: "bxor",
-    _Kind.PREMUL_SUM: "sum",
 }
-_PREMULTIPLIED = int(_Kind.PREMUL_SUM)
 # For booleans a sum is a logical or, a product a logical and.
 _OF_BOOLEANS = {"sum": "max", "product": "min"}
 
 
-def operation_name(op: Any, tensor: torch.Tensor) -> str:
-    """What the core calls ``op`` for such a tensor."""
-    name = _NAMES[op.op]
+class Reduction(NamedTuple):
+    """What the core calls an operation; by what a PREMUL_SUM multiplies first, None for others."""
+
+    name: str
+    factor: Any
+
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What is to be reduced: the tensor itself, unless it is to be multiplied first."""
+        return tensor if self.factor is None else tensor.detach() * self.factor
+
+
+# By number: torch's kinds are hashed and compared at ten times the cost.
+_REDUCTIONS = {int(kind): Reduction(name, None) for kind, name in _NAMES.items()}
+
+
+def reduction_of(opts: Any, tensor: torch.Tensor) -> Reduction:
+    """What ``opts``, torch's options of a call or an operation, ask for on such a tensor."""
+    op = getattr(opts, "reduceOp", opts)
+    found = _REDUCTIONS.get(int(op.op)) or Reduction("sum", op.factor)
     if tensor.dtype is torch.bool:
-        return _OF_BOOLEANS.get(name, name)
-    return name
-
-
-def premultiplied(op: Any, tensor: torch.Tensor) -> torch.Tensor | None:
-    """What is to be summed instead of the tensor for PREMUL_SUM; None for other operations."""
-    if int(op.op) != _PREMULTIPLIED:
-        return None
-    product: torch.Tensor = tensor.detach() * op.factor
-    return product
+        return found._replace(name=_OF_BOOLEANS.get(found.name, found.name))
+    return found

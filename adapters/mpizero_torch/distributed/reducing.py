@@ -21,7 +21,7 @@ from mpizero_torch.distributed.c10d import (
     ReduceScatterOptions,
 )
 from mpizero_torch.distributed.calls import GroupCalls
-from mpizero_torch.distributed.operations import operation_name, premultiplied
+from mpizero_torch.distributed.operations import reduction_of
 from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.sparse import all_reduce_sparse
 from mpizero_torch.distributed.works import DoneWork, PendingWork
@@ -36,16 +36,16 @@ class ReducingCalls(GroupCalls):
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine one tensor over all ranks, in place."""
         (tensor,) = tensors
-        op, is_async = _op_of(opts), self._is_async(opts)
+        reduction = reduction_of(opts, tensor)
         if tensor.layout is not torch.strided:
-            return all_reduce_sparse(self.world, tensor, op)
-        if (product := premultiplied(op, tensor)) is not None:
-            tensor.detach().copy_(product)
-        array, name = array_of(tensor), operation_name(op, tensor)
-        if not is_async:
-            self.world.allreduce(array, name)
+            return all_reduce_sparse(self.world, tensor, reduction)
+        if reduction.factor is not None:
+            tensor.detach().copy_(reduction.source(tensor))
+        if not self._is_async(opts):
+            self.world.allreduce(array_of(tensor), reduction.name)
             return DoneWork(tensors)
-        return PendingWork([self.world.allreduce(array, name, asynchronous=True)], tensors)
+        handle = self.world.allreduce(array_of(tensor), reduction.name, asynchronous=True)
+        return PendingWork([handle], tensors)
 
     @shown_as("all_reduce")
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
@@ -54,14 +54,7 @@ class ReducingCalls(GroupCalls):
             return self.allreduce(tensors, opts)
         if len({tensor.dtype for tensor in tensors}) > 1:
             raise ValueError("allreduce_coalesced: tensors must be all of one dtype")
-        op = _op_of(opts)
-        flat = one_behind_another(tensors)
-        if (product := premultiplied(op, flat)) is not None:
-            flat = product
-        handle = self._start(
-            opts,
-            lambda **how: self.world.allreduce(array_of(flat), operation_name(op, flat), **how),
-        )
+        flat, handle = self._all_reduce_flat(one_behind_another(tensors), opts)
         return self._work(handle, tensors, dealt_out(flat, tensors))
 
     @shown_as("reduce")
@@ -69,14 +62,13 @@ class ReducingCalls(GroupCalls):
         """Combine one tensor over all ranks, for the root."""
         (tensor,) = tensors
         opts = opts or ReduceOptions()
-        op = _op_of(opts)
-        source = premultiplied(op, tensor)
-        if source is not None and self.rank() == opts.rootRank:
+        reduction = reduction_of(opts, tensor)
+        source = reduction.source(tensor)
+        if source is not tensor and self.rank() == opts.rootRank:
             source = tensor.detach().copy_(source)
-        source = tensor if source is None else source
-        array, name = array_of(source), operation_name(op, tensor)
+        array = array_of(source)
         handle = self._start(
-            opts, lambda **how: self.world.reduce(array, opts.rootRank, name, **how)
+            opts, lambda **how: self.world.reduce(array, opts.rootRank, reduction.name, **how)
         )
         return self._work(handle, tensors)
 
@@ -126,15 +118,14 @@ class ReducingCalls(GroupCalls):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def _reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> Work:
-        op = _op_of(opts)
-        product = premultiplied(op, input)
-        source = flat_array_of(input if product is None else product)
-        name = operation_name(op, input)
+        reduction = reduction_of(opts, input)
+        source = flat_array_of(reduction.source(input))
         direct = output.is_contiguous() and not share_memory(output, input)
         into = output if direct else torch.empty_like(output, memory_format=torch.contiguous_format)
         target = flat_array_of(into)
         handle = self._start(
-            opts, lambda **how: self.world.reduce_scatter(source, name, out=target, **how)
+            opts,
+            lambda **how: self.world.reduce_scatter(source, reduction.name, out=target, **how),
         )
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
@@ -142,19 +133,16 @@ class ReducingCalls(GroupCalls):
         self, output: torch.Tensor, listed: Sequence[torch.Tensor], opts: Any
     ) -> Work:
         """By an all-reduce of all: the parts are of different lengths."""
-        op = _op_of(opts)
-        flat = one_behind_another(listed)
-        if (product := premultiplied(op, flat)) is not None:
-            flat = product
+        flat, handle = self._all_reduce_flat(one_behind_another(listed), opts)
         start = sum(tensor.numel() for tensor in listed[: self.rank()])
         own = flat[start : start + output.numel()]
-        handle = self._start(
-            opts,
-            lambda **how: self.world.allreduce(array_of(flat), operation_name(op, flat), **how),
-        )
         return self._work(handle, [output], dealt_out(own, [output]))
 
-
-def _op_of(opts: Any) -> Any:
-    """The operation of an options object, or the operation itself."""
-    return getattr(opts, "reduceOp", opts)
+    def _all_reduce_flat(self, flat: torch.Tensor, opts: Any) -> tuple[torch.Tensor, Any]:
+        """Combine a tensor of our own; returns what has, or will have, the result."""
+        reduction = reduction_of(opts, flat)
+        flat = reduction.source(flat)
+        handle = self._start(
+            opts, lambda **how: self.world.allreduce(array_of(flat), reduction.name, **how)
+        )
+        return flat, handle
