@@ -1,6 +1,7 @@
 """torch.distributed on mpizero beside torch.distributed on gloo, in one run.
 
-    mpirun -n 2 python benchmarks/distributed.py [--only collectives|training] [--json FILE]
+    mpirun -n 2 python benchmarks/distributed.py [--only collectives|training]
+                           [--json FILE] [--plot FILE]
 
 Collectives are called as users call them, through ``torch.distributed``, for tensors in private
 memory. Training is stock torch: ``DistributedDataParallel``, with and without
@@ -55,11 +56,11 @@ def collectives(group: Any, nbytes: int) -> dict[str, Callable[[], object]]:
 
 
 def measure_collectives(
-    world: World, groups: dict[str, Any], budget: float
+    world: World, groups: dict[str, Any], budget: float, largest: int
 ) -> list[dict[str, Any]]:
     """A row for each collective and size: seconds by backend."""
     rows = []
-    for nbytes in SIZES:
+    for nbytes in (size for size in SIZES if size <= largest):
         calls = {name: collectives(group, nbytes) for name, group in groups.items()}
         for call in calls[OURS]:
             works = {name: of_group[call] for name, of_group in calls.items()}
@@ -131,6 +132,27 @@ def line(title: str, seconds: dict[str, float], unit: float, name: str) -> str:
     return f"{title}{times}   x{seconds[GLOO] / seconds[OURS]:.2f}"
 
 
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """How many times faster than on gloo, a bar for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["call"] + (f", {row['bytes']} B" if "bytes" in row else "") for row in rows]
+    ratios = [row["seconds"][GLOO] / row["seconds"][OURS] for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.25 * len(rows)))
+    axes.bar_label(axes.barh(names, ratios), [f" {ratio:.2f}" for ratio in ratios])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as on gloo")
+    axes.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(
@@ -140,14 +162,18 @@ def main() -> None:
     parser.add_argument("--model", choices=list(TASKS), default="gpt2")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each size, at least")
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of collectives")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     world = mz.init()
     torch.set_num_threads(1)
     dist.init_process_group(mpizero_torch.distributed.BACKEND)
     groups = {OURS: dist.group.WORLD, GLOO: dist.new_group(backend="gloo")}
     parts = {
-        "collectives": partial(measure_collectives, world, groups, options.seconds),
+        "collectives": partial(
+            measure_collectives, world, groups, options.seconds, options.largest
+        ),
         "training": partial(measure_training, world, groups, options.model, options.steps),
     }
     if world.rank == 0:
@@ -158,6 +184,8 @@ def main() -> None:
             "kind": "distributed", "machine": machine.describe(), "ranks": world.size, "rows": rows,
         }  # fmt: skip
         options.json.write_text(json.dumps(found, indent=1))
+    if world.rank == 0 and options.plot:
+        plot(rows, f"torch.distributed on mpizero, {world.size} ranks", options.plot)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -74,6 +74,10 @@ def benchmarks(ranks: Sequence[int], openmpi: bool, quick: bool) -> Iterator[Ben
             arguments = ("--model", model, *steps, *alone)
             yield Benchmark(f"train{mark}-{model}-{n}", n, "train_step.py", arguments)
         yield from zero(n, mark, quick)
+    # Four copies of stock torch, and one alone, would not fit 24 GB on four ranks.
+    few = ("--seconds", "0.01", "--largest", "65536", "--model", "mlp200", "--steps", "1")
+    arguments = few if quick else ()
+    yield Benchmark(f"distributed{mark}-2", 2, "distributed.py", arguments)
     if not openmpi:  # the disk is the same
         rounds = ("--model", "gpt10m", "--rounds", "1") if quick else ("--rounds", "3")
         # All of them at once would leave too little of 24 GB for what is written.

@@ -20,6 +20,8 @@ TITLES = {
     "\n|---|---|---|---:|---:|---:|",
     "checkpoint": "\n| model | | save, s | GB/s | load, cold, s | GB/s | load, warm, s "
     "| blocked, s | of save | steps meanwhile |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "distributed": "\n| ranks | | bytes | mpizero | gloo | x gloo | alone |"
+    "\n|---|---|---:|---:|---:|---:|---:|",
     "memory": "\n| model | ranks | | started | steps | steady | data | peak | of torch DDP's |"
     "\n|---|---|---|---:|---:|---:|---:|---:|---:|",
 }
@@ -82,6 +84,17 @@ def checkpoint(found: dict[str, Any]) -> None:
         print(line)
 
 
+def distributed(found: dict[str, Any]) -> None:
+    """A line for each call (microseconds) and way to train (milliseconds a step)."""
+    for row in found["rows"]:
+        seconds, unit, name = row["seconds"], *((1e6, "us") if "bytes" in row else (1e3, "ms"))
+        times = " | ".join(f"{seconds[each] * unit:.1f} {name}" for each in ("mpizero", "gloo"))
+        ratio = seconds["gloo"] / seconds["mpizero"]
+        alone = f"{seconds['alone'] * unit:.1f} {name}" if "alone" in seconds else ""
+        cells = (found["ranks"], row["call"], row.get("bytes", ""), times, f"{ratio:.2f}", alone)
+        print("".join(f"| {cell} " for cell in cells) + "|")
+
+
 def memory(found: dict[str, Any]) -> None:
     """A line for each contestant that came through; MiB over all ranks."""
     for row in found["rows"]:
@@ -100,7 +113,10 @@ def main() -> None:
     kinds = {kind: [each for each in results if kind_of(each) == kind] for kind in TITLES}
     for found in kinds["allreduce"]:
         allreduce(found)
-    for kind, line in (("train", train), ("memory", memory), ("checkpoint", checkpoint)):
+    lines = {
+        "train": train, "distributed": distributed, "memory": memory, "checkpoint": checkpoint,
+    }  # fmt: skip
+    for kind, line in lines.items():
         if kinds[kind]:
             print(TITLES[kind])
         for found in kinds[kind]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from mpizero.memory.board import PAGES, Board
 from mpizero.memory.node_shared import PAGE
+from mpizero.world import shared_cores
 
 pytestmark = pytest.mark.once
 
@@ -99,3 +101,27 @@ def test_two_pages_would_be_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(AssertionError):
         on_boards(2, True, program)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_who_shares_its_core_with_compute_sleeps_while_it_waits(shares: bool) -> None:
+    """One rank is late; the other looks all the time, or leaves its core to the compute."""
+    naps: list[float] = []
+
+    def program(board: Board, rng: random.Random) -> None:
+        if board.rank == 0:
+            time.sleep(0.2)
+        elif shares:
+            shared_cores.share()
+        board.exchange()
+        shared_cores.leave()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        time.sleep(seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpizero.memory.board.time", SimpleNamespace(sleep=nap))
+        patch.setattr("mpizero.memory.board._YIELDING_LOOKS", 10**9)  # after which everyone naps
+        on_boards(2, False, program)
+    assert bool(naps) == shares

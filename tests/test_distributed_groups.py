@@ -236,3 +236,14 @@ def test_a_job_of_another_size_than_torch_was_told_is_refused() -> None:
     result = mpirun(1, WITH_TORCHS_VARIABLES, timeout=60)
     assert "rank 0 of 3 is what torch was told, but MPI says rank 0 of 1" in result.stdout
     assert "size 1" in result.stdout and result.returncode == 0, result.stderr
+
+
+def test_a_port_that_is_left_over_does_not_matter() -> None:
+    program = """
+import torch.distributed as dist, mpizero_torch.distributed
+dist.init_process_group("mpizero")
+print("size", dist.get_world_size())
+dist.destroy_process_group()
+"""
+    result = mpirun(1, program, timeout=60, env={"MASTER_PORT": "29500"})
+    assert "size 1" in result.stdout and result.returncode == 0, result.stderr

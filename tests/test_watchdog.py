@@ -16,10 +16,10 @@ import pytest
 
 import mpizero
 from mpizero.diagnostics import recorder
+from mpizero.diagnostics.current import seconds_of
 from mpizero.diagnostics.record import Made
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.report import report
-from mpizero.diagnostics.start import seconds_of
 from mpizero.diagnostics.views import View, as_ranges, hopeless, members, stuck_calls
 from support.launch import (
     Finished,

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-from mpizero.diagnostics.lanes import Lanes
-from mpizero.diagnostics.orphans import end_with_launcher
-from mpizero.diagnostics.recorder import Lane, Recorder, recorded
-from mpizero.diagnostics.start import (
+from mpizero.diagnostics.current import (
     recorder,
     spanned,
     starting,
@@ -17,6 +14,9 @@ from mpizero.diagnostics.start import (
     trace_if_asked,
     watch,
 )
+from mpizero.diagnostics.lanes import Lanes
+from mpizero.diagnostics.orphans import end_with_launcher
+from mpizero.diagnostics.recorder import Lane, Recorder, recorded
 
 __all__ = [
     "Lane",

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpizero.diagnostics.current import recorder
 from mpizero.diagnostics.recorder import Lane
-from mpizero.diagnostics.start import recorder
 from mpizero.diagnostics.views import (
     ASYNCHRONOUS,
     BLOCKING,

@@ -19,8 +19,6 @@ from mpizero_torch.distributed.store import store_of
 
 BACKEND = "mpizero"
 
-_ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT")
-
 # Of groups that have been destroyed. To give them back is collective, and ranks may destroy theirs
 # in different orders; so it waits until all ranks start anew.
 _retired: list[World] = []
@@ -65,7 +63,8 @@ def _through_mpi_or(stock: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
     def from_environment(
         url: str, timeout: timedelta = rendezvous["default_pg_timeout"], **options: Any
     ) -> Iterator[Any]:
-        if any(os.environ.get(name) for name in _ENVIRONMENT):
+        # A port alone is left over from something else: torch could do nothing with it.
+        if os.environ.get("MASTER_ADDR"):
             return stock(url, timeout=timeout, **options)
         return _through_mpi(url, timeout)
 
