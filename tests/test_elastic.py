@@ -80,6 +80,17 @@ def test_two_at_once_who_are_a_whole_node(tmp_path: Path) -> None:
 
 
 @needs_ulfm
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_replicas_go_on_with_one_node_when_all_others_die_at_once(
+    redundancy: int, tmp_path: Path
+) -> None:
+    """Lost are only the random numbers of ranks that there are no more."""
+    kills = [kill(4, "backward", 1, 2)]
+    training = Training(3, 0, kills, redundancy=redundancy, ranks_per_node=1, steps=7)
+    assert judge(training, tmp_path).segments == [[0, 3], [4, 1]]
+
+
+@needs_ulfm
 def test_a_node_without_copies_takes_its_part_along(
     references: tuple[list[dict[int, str]], Path], tmp_path: Path
 ) -> None:

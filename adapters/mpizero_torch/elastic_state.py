@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class ElasticState:
             )  # fmt: skip
         self.__dict__["_built"] = dict(built)
         self._keep_global_batch()
-        snapshot = self._keeper.begin(world)
+        snapshot = self._keeper.begin(world, partial(random_state.is_needed, ranks=world.size))
         if snapshot is not None:
             self._values.update(self._restore(snapshot))
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpizero.api import World
 from mpizero.checkpoint import Part
-from mpizero.elastic.snapshot import Snapshot
+from mpizero.elastic.snapshot import Needed, Snapshot
 from mpizero.elastic.store import Index, Slot, Store
 from mpizero.errors import ArgumentError
 
@@ -28,13 +28,14 @@ class Keeper:
         self._stores: list[Store] = []
         self.lost = False  # has there been a commit that is nowhere whole any more?
 
-    def begin(self, world: World) -> Snapshot | None:
+    def begin(self, world: World, needed: Needed = lambda *_: True) -> Snapshot | None:
         """The newest commit that is whole, for the ranks of ``world``; then commits are theirs.
 
-        None if there is none: nothing has been committed, or (``lost``) too much has died.
+        Tensors that are not ``needed`` any more may have been lost, the same on all ranks. None if
+        there is none: nothing has been committed, or (``lost``) too much has died.
         Collective. What is older is kept until the first commit on ``world``.
         """
-        found = self._newest(world)
+        found = self._newest(world, needed)
         # Of all survivors the same: those who have missed a World have died in it.
         generation = 1 + max((each.generation for each in self._stores), default=0)
         generation = max(world.gather_objects(generation))
@@ -51,7 +52,7 @@ class Keeper:
         """Bytes of this rank's commits, and of those that it keeps for ranks elsewhere."""
         return sum(each.nbytes for each in self._stores)
 
-    def _newest(self, world: World) -> Snapshot | None:
+    def _newest(self, world: World, needed: Needed) -> Snapshot | None:
         readable: dict[Id, dict[int, Slot]] = {}
         for store in self._stores:
             for commit, rank, slot in store.found():
@@ -70,7 +71,7 @@ class Keeper:
             )
             indices = {rank: index for each in told for rank, index in each.items()}
             snapshot = Snapshot(indices, own, senders)
-            if snapshot.is_whole:
+            if snapshot.is_whole(needed):
                 return snapshot
             self.lost = True
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ class Place(NamedTuple):
     rank: int
     at: int
 
+
+Needed = Callable[[str, str], bool]  # of a part and a tensor in it: will anybody read it?
 
 Range = tuple[str, str, int, int, Place]  # part, tensor, elements, and where they are
 
@@ -54,13 +56,13 @@ class Snapshot:
         self._wanted: list[Range] = []
         self._fetched: dict[Range, Any] = {}
 
-    @property
-    def is_whole(self) -> bool:
-        """Is every element of every tensor in somebody's memory?"""
+    def is_whole(self, needed: Needed) -> bool:
+        """Is every element of every tensor that is ``needed`` in somebody's memory?"""
         return all(
             _covers(self._places.get((part, name), ()), spec.count)
             for part, specs in self._index.specs.items()
             for name, spec in specs.items()
+            if needed(part, name)
         )
 
     @property

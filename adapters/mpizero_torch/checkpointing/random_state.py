@@ -52,6 +52,11 @@ def random_part(world: World) -> tuple[Part, list[Any]]:
     return Part(PART, specs, pieces), everyones
 
 
+def is_needed(part: str, tensor: str, *, ranks: int) -> bool:
+    """Not the states of further ranks, where there are only so many."""
+    return part != PART or int(tensor.partition(".")[0]) < ranks
+
+
 def restore(checkpoint: Readable, world: World) -> None:
     """Go on with the states that this rank had; a further rank gets one of its own."""
     everyones = checkpoint.values[PART]
