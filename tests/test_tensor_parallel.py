@@ -172,6 +172,7 @@ def test_states_are_sliced_as_the_parameters_and_may_be_looked_at() -> None:
     train(model, optimizer, mesh, range(1, 2))
     mz.assert_in_sync(model, optimizer)
     norm = dict(model.module.named_parameters())["norm.weight"]
+    mesh.world.barrier()  # all have compared
     if mesh.tp.rank == 1:
         with torch.no_grad():
             norm.add_(mesh.dp.rank == 0)  # replicas share their memory

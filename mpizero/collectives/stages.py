@@ -14,6 +14,8 @@ from mpizero.collectives.transport import cut_evenly
 from mpizero.memory.board import Board
 from mpizero.reduction import Operation
 
+_MOST_PLACES = 1024
+
 
 @dataclass(frozen=True)
 class Place:
@@ -77,6 +79,8 @@ class Stages:
     def _place(self, chunk: Any) -> Place:
         known = self._places.get((chunk.size, chunk.dtype))
         if known is None:
+            if len(self._places) >= _MOST_PLACES:  # a program without habits: start over
+                self._places.clear()
             stages = [stage[: chunk.nbytes].view(chunk.dtype) for stage in self._board.stages]
             own = cut_evenly(chunk.size, len(stages))[self._rank]
             known = self._places[chunk.size, chunk.dtype] = Place(

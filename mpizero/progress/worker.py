@@ -139,9 +139,11 @@ class Worker:
         self._on_start()
         if not self._has_core:
             shared_cores.share()
-        while (handle := self._submitted.get()) is not None:
-            self._run(handle)
-        shared_cores.leave()
+        try:
+            while (handle := self._submitted.get()) is not None:
+                self._run(handle)
+        finally:
+            shared_cores.leave()
 
     def _run(self, handle: Handle) -> None:
         if not self._in_order:
