@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpizero.errors import ArgumentError
-from mpizero.reduction import half, operation
+from mpizero.reduction import half, operation, quietly
 from mpizero.reduction.half import Conversion
 from mpizero.reduction.operation import BLOCK, mean_over
 from mpizero_torch import half_kernels
@@ -106,3 +107,16 @@ def test_the_divisor_is_asked_for_when_the_sum_is_there() -> None:
 def test_what_cannot_be_reduced_is_refused(name: str, dtype: Any, given: str) -> None:
     with pytest.raises(ArgumentError, match=given):
         operation(name, np.dtype(dtype), 2, "allreduce()")
+
+
+@pytest.mark.parametrize("version", ["1.26.4", "2.0.0"])
+def test_overflow_is_no_warning_with_any_numpy(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np, "__version__", version)
+    largest = np.full(3, np.finfo(np.float32).max)
+    total = np.empty_like(largest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quietly()(np.add, largest, largest, out=total)
+    assert np.isinf(total).all()
