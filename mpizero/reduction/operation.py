@@ -34,7 +34,9 @@ def quietly() -> Callable[..., Any]:
     variable: a context that ignores errors is entered in a fifth of the time of np.errstate.
     """
     if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-        return np.errstate(all="ignore")(lambda function, *given, **named: function(*given, **named))
+        return np.errstate(all="ignore")(
+            lambda function, *given, **named: function(*given, **named)
+        )
     context = contextvars.copy_context()
     context.run(np.seterr, all="ignore")
     return context.run
