@@ -37,12 +37,14 @@ class Reduction(NamedTuple):
 
 # By number: torch's kinds are hashed and compared at ten times the cost.
 _REDUCTIONS = {int(kind): Reduction(name, None) for kind, name in _NAMES.items()}
+_PREMULTIPLIED = int(_Kind.PREMUL_SUM)
 
 
 def reduction_of(opts: Any, tensor: torch.Tensor) -> Reduction:
     """What ``opts``, torch's options of a call or an operation, ask for on such a tensor."""
     op = getattr(opts, "reduceOp", opts)
-    found = _REDUCTIONS.get(int(op.op)) or Reduction("sum", op.factor)
+    kind = int(op.op)
+    found = Reduction("sum", op.factor) if kind == _PREMULTIPLIED else _REDUCTIONS[kind]
     if tensor.dtype is torch.bool:
         return found._replace(name=_OF_BOOLEANS.get(found.name, found.name))
     return found
