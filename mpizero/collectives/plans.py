@@ -67,7 +67,6 @@ class BySpot:
     shared: Algorithm
     private_one: Algorithm
     private: Callable[[Any], None]  # prepared, by that one
-    travels: bool  # private data is staged before the agreement
     seen: dict[int, tuple[weakref.ref[Any], int, list[Any]]] = field(default_factory=dict)
 
 
@@ -109,16 +108,15 @@ class Plans:
     ) -> Plan:
         """Keep a plan for a form that has been found to be right."""
         mine = fingerprint(description)
-        node = private is self._node
         plan: Plan
-        if node and self._node.is_small(array):
+        if private is self._node and self._node.is_small(array):
             plan = OneStep(description, mine, self._rows(array), _reduction_of(array, op))
         else:
             if isinstance(private, Native):
                 run = private.prepared(array, op)
             else:
                 run = partial(private.all_reduce, op=op)
-            plan = BySpot(description, mine, op, shared, private, run, travels=node)
+            plan = BySpot(description, mine, op, shared, private, run)
         if len(self._plans) >= _MOST_PLANS:  # a program without habits: start over
             self._plans.clear()
         self._plans[array.dtype, array.shape, op.name, algorithm] = plan
@@ -148,12 +146,13 @@ class Plans:
         if known is None or known[0]() is not array:
             known = self._look_up(plan, array)
         _, spot, slices = known
-        if spot == NOWHERE and plan.travels:
+        staged = plan.private_one is self._node  # before the agreement, which is the barrier then
+        if staged and spot == NOWHERE:
             self._node.stages.stage(array.reshape(-1))
         common = self._agreement.compare(plan.fingerprint, spot, plan.description)
         lies_shared = common is not None and common != NOWHERE
         self.last_algorithm = (plan.shared if lies_shared else plan.private_one).name
-        if common == NOWHERE and plan.travels:
+        if staged and common == NOWHERE:
             self._node.stages.all_reduce(array.reshape(-1), plan.op)
         elif not lies_shared:
             plan.private(array.reshape(-1))
