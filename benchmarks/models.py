@@ -51,7 +51,7 @@ class GPT(nn.Module):
 
 def _as_gpt2(module: nn.Module) -> None:
     """GPT-2's initial weights. With torch's the loss begins at 500, and some steps later gradients
-    are denormal numbers, which cores multiply at a tenth of their speed."""
+    are denormal numbers, which cores multiply slowly."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
