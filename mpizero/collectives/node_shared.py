@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Up to this size, and for more than four ranks in proportion less, combining a whole array on every
-# rank costs less than a second step.
+# rank costs less than a second step. (Measured in float32 at 2 ranks, beside stages: 64 KB in 20 us
+# beside 22, 128 KB in 35 beside 32. At 4 ranks 64 KB in 72 us beside 83.)
 _ONE_STEP_BYTES = 64 << 10
 _ONE_STEP_READ_BYTES = 3 * _ONE_STEP_BYTES
 _ONE_STEP_HALF_BYTES = 16 << 10  # of 16-bit floats, which are widened first

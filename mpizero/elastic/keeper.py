@@ -28,7 +28,7 @@ class Keeper:
         self._stores: list[Store] = []
         self.lost = False  # has there been a commit that is nowhere whole any more?
 
-    def begin(self, world: World, needed: Needed = lambda *_: True) -> Snapshot | None:
+    def begin(self, world: World, needed: Needed) -> Snapshot | None:
         """The newest commit that is whole, for the ranks of ``world``; then commits are theirs.
 
         Tensors that are not ``needed`` any more may have been lost, the same on all ranks. None if

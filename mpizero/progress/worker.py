@@ -58,8 +58,8 @@ class Worker:
         threaded: bool,
         on_start: Callable[[], None],
         waiting: Lane,
-        in_order: bool = False,
-        has_core: bool = True,
+        in_order: bool,
+        has_core: bool,
     ) -> None:
         self.threaded = threaded
         self._has_core = has_core  # the thread, beside the compute
