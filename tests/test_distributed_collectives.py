@@ -290,3 +290,16 @@ def test_sparse_all_reduce(pair: Pair) -> None:
         return [work.result()[0].to_dense(), tensor.to_dense()]  # and in place
 
     compare(pair, call)
+
+
+@several_ranks
+def test_sparse_tensors_can_only_be_summed(pair: Pair) -> None:
+    """For booleans that is a logical or."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    places = torch.tensor([[rank]])
+    tensor = torch.sparse_coo_tensor(places, torch.ones(1), (size,), check_invariants=True)
+    with pytest.raises(ValueError, match="only be summed"):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    tensor = tensor.bool()
+    dist.all_reduce(tensor)
+    assert tensor.to_dense().all()
