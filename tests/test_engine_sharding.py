@@ -23,6 +23,7 @@ from mpizero.engine import (
     balanced_owners,
     cut_by_parameter,
     cut_flat,
+    take_lane,
 )
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -49,16 +50,18 @@ class ByHand:
 
     def __init__(self, partition: str, whole: bool) -> None:
         self.world = mpizero.init()
-        self.group = ShardGroup(self.world)
+        lane = take_lane(self.world)
+        self.group = ShardGroup(lane.world)
         self.space = cut(partition, self.group.parts)
         self.there: dict[int, np.ndarray] = {}
         self.remaining: dict[int, set[int]] = {}  # segments that have yet to get it
         self.sharder = GradientSharder(
+            lane,
             self.group,
             SPECS,
             [self.space],
             [np.float64],
-            self.world.allocate,
+            lane.world.allocate,
             whole=whole,
             fill=self.fill,
             left=lambda: list(self.there),
@@ -81,13 +84,15 @@ class ByHand:
         return missing
 
     def one_pass(self, step: int, order: Sequence[int], weight: Weight | None = None) -> list[bool]:
-        weight = weight or Weight()
-        self.sharder.open(weight, gradients_kept=self.sharder.keeps)
+        self.begin(weight or Weight())
         for index in order:
             if SPECS[index].nbytes:
-                self.there[index] = gradient(index, self.world.rank, step) * weight.value
+                self.there[index] = gradient(index, self.world.rank, step)
             self.sharder.ready(index)
-        return self.sharder.close([index in order for index in range(len(SPECS))])
+        return self.sharder.close()
+
+    def begin(self, weight: Weight) -> None:
+        self.sharder.open(self.sharder.plan(weight, kept=False))
 
     def check(self, expected: dict[int, np.ndarray]) -> None:
         """Does this rank's shard hold its part of these?"""
@@ -159,7 +164,7 @@ def test_gradients_that_come_after_their_segment_was_sent(whole: bool) -> None:
     rank = engine.world.rank
     engine.one_pass(0, ORDER)
     for step in (1, 2):
-        engine.sharder.open(Weight(), False)
+        engine.begin(Weight())
         for index in ORDER:
             engine.there[index] = gradient(index, rank, step)
             engine.sharder.ready(index)
@@ -168,7 +173,7 @@ def test_gradients_that_come_after_their_segment_was_sent(whole: bool) -> None:
             engine.there[1] = engine.there.get(1, 0) + gradient(1, rank, 10 + step)
             engine.sharder.ready(1)
         engine.there.pop(4, None)  # without elements it is in no segment
-        engine.sharder.close([True] * len(SPECS))
+        engine.sharder.close()
         late = gradient(1, 0, 10 + step) / engine.world.size
         engine.check({1: engine.mean(1, step) + late, 3: engine.mean(3, step)})
 
@@ -176,14 +181,14 @@ def test_gradients_that_come_after_their_segment_was_sent(whole: bool) -> None:
 @several_ranks
 def test_overflow_on_one_rank_is_known_to_all() -> None:
     engine = ByHand("flat", whole=False)
-    engine.sharder.open(Weight(), False)
+    engine.begin(Weight())
     for index in ORDER:
         engine.there[index] = gradient(index, 0, 0)
         if index == 3 and engine.world.rank == 1:
             engine.there[3][7] = np.inf
         engine.sharder.ready(index)
     engine.there.pop(4, None)
-    engine.sharder.close([True] * len(SPECS))
+    engine.sharder.close()
     assert engine.sharder.overflowed
     engine.one_pass(1, ORDER)
     assert not engine.sharder.overflowed
@@ -193,12 +198,12 @@ def test_overflow_on_one_rank_is_known_to_all() -> None:
 def test_large_gradients_are_no_overflow() -> None:
     """Their squares are too large for float32, they are not."""
     engine = ByHand("flat", whole=False)
-    engine.sharder.open(Weight(), False)
+    engine.begin(Weight())
     for index in ORDER:
         engine.there[index] = np.full(SHAPES[index], 1e200)
         engine.sharder.ready(index)
     engine.there.pop(4, None)
-    engine.sharder.close([True] * len(SPECS))
+    engine.sharder.close()
     assert engine.sharder.overflowed == (not np.isfinite(engine.sharder.own_squares))
 
 

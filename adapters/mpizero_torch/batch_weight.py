@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mpizero.engine import Weight
 
@@ -52,3 +53,21 @@ def current(stated: Weight | None = None) -> Weight:
 def of_pass() -> float:
     """What the loss of the pass under way counts, for those who average inside it."""
     return current(_stated).value
+
+
+def fed(values: Any, stated: Weight | None) -> tuple[Weight, Any]:
+    """What a module is fed, and what it weighs."""
+    return current(stated), values
+
+
+@contextmanager
+def under_way(weight: Weight) -> Iterator[None]:
+    """A forward of a batch of this weight."""
+    state(weight if weight.stated else None)
+    yield
+
+
+def doubt() -> str | None:
+    """Why the weight of a batch that did not come through a wrapper's forward is unknown."""
+    weight = current().value
+    return None if weight == 1.0 else f"a batch that weighs {weight} is at hand"

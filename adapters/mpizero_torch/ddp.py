@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.engine import GradientReducer, ParameterSpec
-from mpizero_torch import batch_weight, slices, tensors
-from mpizero_torch.replica_hooks import ReplicaHooks
-from mpizero_torch.replicate import Buffers, start_alike
+from mpizero.engine import GradientReducer, ParameterSpec, take_lane
+from mpizero_torch import slices, tensors
+from mpizero_torch.bucket_gradients import BucketGradients, layout
+from mpizero_torch.replica_hooks import ReplicaHooks, parameter_spec
+from mpizero_torch.replicate import Buffers, Structure, start_alike
 from mpizero_torch.runtime import init
 from mpizero_torch.wrapper import DistributedModule
 
@@ -54,7 +56,7 @@ class DistributedDataParallel(DistributedModule):
         bucket_cap_mb: float | None = None,
         overlap: bool = True,
         find_unused_parameters: bool = True,
-        gradient_as_bucket_view: bool = True,
+        gradient_as_bucket_view: bool | None = None,
         static_graph: bool = False,
     ) -> None:
         if bucket_cap_mb is not None and not bucket_cap_mb > 0:
@@ -62,6 +64,7 @@ class DistributedDataParallel(DistributedModule):
         super().__init__(module, world if world is not None else init())
         self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else None
         self._overlap = overlap
+        self._own_gradients = gradient_as_bucket_view is False
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ArgumentError(
                 _NAME,
@@ -70,7 +73,9 @@ class DistributedDataParallel(DistributedModule):
                 "a module with some parameter that requires_grad",
                 "It needs no wrapping.",
             )
-        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+        self._ignored = ignored = frozenset(
+            getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+        )
         self._named = [(n, p) for n, p in module.named_parameters() if n not in ignored]
         named_buffers = [(n, b) for n, b in module.named_buffers() if n not in ignored]
         slices.check(_NAME, [*self._named, *named_buffers], self.world)
@@ -80,6 +85,7 @@ class DistributedDataParallel(DistributedModule):
         )
         start_alike([t for _, t in [*self._named, *named_buffers]], self.world)
         self._buffers_in_sync = Buffers(module, ignored) if broadcast_buffers else None
+        self._structure = Structure(module)
         self._watch_parameters()
 
     @property
@@ -89,27 +95,27 @@ class DistributedDataParallel(DistributedModule):
         return hooks.bucket_bytes if isinstance(hooks, ReplicaHooks) else 0
 
     def _watch_parameters(self) -> None:
-        """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
-        if self.world.size == 1 and self._stated is None and not self.tied.names:
-            return
-        are_trainable = [parameter.requires_grad for _, parameter in self._named]
-        if self._hooks is None or are_trainable != self._were_trainable:
-            self._were_trainable = are_trainable
-            trainable = [(name, p) for name, p in self._named if p.requires_grad]
-            if self._hooks is not None:
-                self._hooks.remove()
-            self._hooks = ReplicaHooks(
-                self, trainable, lambda fill: self._make_reducer(trainable, fill)
-            )
-        if self._stated is not None or batch_weight.current().value != 1.0:
-            self._hooks.scale_gradients()
+        """Hook the parameters, once; refuse those that have come since."""
+        if self._hooks is None:
+            if self.world.size == 1 and self._stated is None and not self.tied.names:
+                return
+            self._hooks = self._make_hooks()
+        elif self._structure.changed():
+            self._refuse_new_parameters()
+        for name, parameter in self._named:
+            if vars(parameter) and "_in_backward_optimizers" in vars(parameter):
+                raise ArgumentError(
+                    "forward()", "module",
+                    f"one whose '{name}' has an optimizer of _apply_optimizer_in_backward()",
+                    "parameters whose optimizers see the averaged gradient",
+                    "It would take its step with this rank's own gradient. Take the step in a "
+                    "register_post_accumulate_grad_hook(): such hooks are called with the average.",
+                )  # fmt: skip
 
-    def _make_reducer(
-        self,
-        trainable: list[tuple[str, nn.Parameter]],
-        fill: Callable[[Sequence[int]], None],
-    ) -> GradientReducer:
-        devices = {parameter.device for _, parameter in trainable}
+    def _make_hooks(self) -> ReplicaHooks:
+        """The parameters that may ever have gradients, in buckets if they are trained now."""
+        named = [(name, p) for name, p in self._named if _may_be_trained(p)]
+        devices = {parameter.device for _, parameter in named if parameter.requires_grad}
         if len(devices) > 1:
             raise ArgumentError(
                 _NAME,
@@ -117,19 +123,45 @@ class DistributedDataParallel(DistributedModule):
                 f"spread over {sorted(map(str, devices))}",
                 "a module on one device",
             )
-        device = next(iter(devices))
-        return GradientReducer(
-            self.world,
-            [
-                ParameterSpec(n, tuple(slices.local(p).shape), tensors.numpy_dtype(p.dtype))
-                for n, p in trainable
-            ],
-            lambda count, dtype: tensors.zeros(self.world, count, dtype, device),
-            bucket_bytes=self._bucket_bytes,
-            overlap=self._overlap,
-            stream=lambda: tensors.current_stream(device),
-            fill=fill,
-        )
+        device = next(iter(devices), torch.device("cpu"))
+        lane = take_lane(self.world)
+
+        def make(
+            gradients: BucketGradients, reformed: Callable[[], Mapping[int, ParameterSpec]]
+        ) -> GradientReducer:
+            return GradientReducer(
+                lane,
+                [parameter_spec(name, parameter) for name, parameter in named],
+                lambda count, dtype: tensors.zeros(lane.world, count, dtype, device),
+                bucket_bytes=self._bucket_bytes,
+                overlap=self._overlap,
+                stream=lambda: tensors.current_stream(device),
+                fill=gradients.fill,
+                trained=gradients.trained,
+                reformed=reformed,
+            )
+
+        layouts = self.world.broadcast_object([layout(parameter) for _, parameter in named])
+        return ReplicaHooks(self, named, make, layouts=layouts, own_gradients=self._own_gradients)
+
+    def _refuse_new_parameters(self) -> None:
+        known = {id(parameter) for _, parameter in self._named}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known and name not in self._ignored:
+                raise ArgumentError(
+                    "forward()", "module",
+                    f"one whose parameter '{name}' was added or replaced after it was wrapped, on "
+                    f"rank {self.world.rank}", "the parameters that were there",
+                    "Its gradient would stay on this rank. Change the module first and wrap it "
+                    "then (load_state_dict without assign=True keeps the parameters).",
+                )  # fmt: skip
+
+
+def _may_be_trained(parameter: nn.Parameter) -> bool:
+    if parameter.requires_grad:
+        return True
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    return is_number and tensors.has_numpy_dtype(parameter.dtype)
 
 
 _NAME = "DistributedDataParallel()"

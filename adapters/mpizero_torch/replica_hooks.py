@@ -1,22 +1,27 @@
-"""Gradients of replicas: views of the reducer's buckets, which every rank keeps whole."""
+"""Gradients of replicas: averaged in the reducer's buckets, which every rank keeps whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpizero.engine import GradientReducer
+from mpizero.engine import GradientReducer, Merge, ParameterSpec
 from mpizero_torch import slices, tensors
-from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
+from mpizero_torch.bucket_gradients import BucketGradients, Layout
+from mpizero_torch.hooks import BackwardHooks, Owner
+
+Make = Callable[[BucketGradients, Callable[[], Mapping[int, ParameterSpec]]], GradientReducer]
 
 
 class ReplicaHooks(BackwardHooks):
     """Has a GradientReducer average the gradients of ``named`` parameters.
 
-    ``make_reducer`` is given what fills gradients into the reducer's views.
+    ``make_reducer`` is given what fills gradients into the reducer's buckets, and what says which
+    parameters have got another dtype. ``own_gradients``: see BucketGradients.
     """
 
     _reducer: GradientReducer
@@ -25,13 +30,19 @@ class ReplicaHooks(BackwardHooks):
         self,
         owner: Owner,
         named: Sequence[tuple[str, nn.Parameter]],
-        make_reducer: Callable[[Callable[[Sequence[int]], None]], GradientReducer],
+        make_reducer: Make,
+        *,
+        layouts: Sequence[Layout],
+        own_gradients: bool,
     ) -> None:
-        self._names = [name for name, _ in named]
-        self._any_cut = any(slices.is_slice(parameter) for _, parameter in named)
-        super().__init__(owner, make_reducer(self._fill))
+        self._after: list[AfterAverage] = []
+        self._handles: list[Any] = []
+        self._gradients = BucketGradients(named, layouts, own=own_gradients)
+        forms = Forms(named)
+        super().__init__(owner, make_reducer(self._gradients, forms.changed))
         self.watch(list(enumerate(parameter for _, parameter in named)))
-        self._see_views()
+        self._after = [AfterAverage.of(parameter) for _, parameter in named]
+        self._gradients.serve(self._reducer)
 
     @property
     def bucket_bytes(self) -> int:
@@ -40,47 +51,104 @@ class ReplicaHooks(BackwardHooks):
     def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
         return slices.local_gradient(parameter)
 
+    def remove(self) -> None:
+        super().remove()
+        while self._after:
+            self._after.pop().give_back()
+
+    def __del__(self) -> None:
+        self.remove()  # the parameters' other hooks are called by torch again
+
     def _any_kept(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
 
-    def _has_gradient(self) -> list[bool]:
-        return [parameter.grad is not None for parameter in self._parameters]
+    def _put_aside(self, merge: Merge) -> None:
+        self._gradients.put_aside(merge)
 
-    def _fill(self, members: Sequence[int]) -> None:
-        """Make the gradients of a bucket's parameters its views, where they are not already.
+    def _bring_back(self) -> None:
+        self._gradients.bring_back()
 
-        The first gradients of a step arrive in memory of autograd's own: one copy, for a whole
-        bucket in one call, where accumulating into zeroed buckets would read and write them twice
-        more.
-        """
-        views: list[torch.Tensor] = []
-        gradients: list[Any] = []
-        for index in members:
-            parameter, view = self._parameters[index], self._views[index]
-            gradient = parameter.grad
-            if gradient is view or gradient is None:
-                continue
-            check_dense(gradient, self._names[index])
-            if self._any_cut:
-                view, gradient = slices.local(view), slices.local_gradient(parameter)
-            views.append(view)
-            gradients.append(gradient)
-            parameter.grad = self._views[index]
-        if views:
-            torch._foreach_copy_(views, gradients)
+    def _keep(self) -> None:
+        self._gradients.keep()
 
     def _take_over(self, anywhere: list[bool]) -> None:
-        """Let ``.grad`` be the averaged view, or None where no rank has a gradient."""
-        if self._generation != self._reducer.generation:
-            self._see_views()
-        for parameter, view, used in zip(self._parameters, self._views, anywhere, strict=True):
-            wanted = view if used else None
-            if parameter.grad is not wanted:
-                parameter.grad = wanted
+        self._gradients.take_over(anywhere)
+        for parameter, after in zip(self._parameters, self._after, strict=True):
+            if after.others and parameter.grad is not None:
+                after.call(parameter)
 
-    def _see_views(self) -> None:
-        self._generation = self._reducer.generation
-        self._views = [
-            slices.wrap(tensors.as_tensor(self._reducer.view(index)), parameter)
-            for index, parameter in enumerate(self._parameters)
-        ]
+
+class Forms:
+    """The dtypes of parameters, and which have changed: by ``module.half()``, for instance."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+        self._dtypes = [parameter.dtype for _, parameter in named]
+
+    def changed(self) -> Mapping[int, ParameterSpec]:
+        """What gradients have become since the last time, by their numbers."""
+        now = [parameter.dtype for _, parameter in self._named]
+        if now == self._dtypes:
+            return {}
+        before, self._dtypes = self._dtypes, now
+        return {
+            index: parameter_spec(*self._named[index])
+            for index in range(len(now))
+            if now[index] != before[index]
+        }
+
+
+def parameter_spec(name: str, parameter: nn.Parameter) -> ParameterSpec:
+    """What the engine is to know of a parameter: its part on this rank."""
+    dtype = tensors.numpy_dtype(parameter.dtype)
+    return ParameterSpec(name, tuple(slices.local(parameter).shape), dtype)
+
+
+class AfterAverage(OrderedDict):  # type: ignore[type-arg]
+    """A parameter's hooks on accumulated gradients: others' wait until theirs is averaged.
+
+    Such a hook takes the optimizer's step, say, with this one gradient. torch calls what lies in
+    this dictionary; what others put in it, before or after, is kept beside and called afterwards.
+    Under ``no_sync`` there is no average, and they are not called.
+    """
+
+    def __init__(self, own: Mapping[int, Any], parameter: nn.Parameter, others: Any) -> None:
+        super().__init__(own)
+        self._parameter, self.others = parameter, others
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> AfterAverage:
+        """Take the place of a parameter's hooks, of which ours is the last."""
+        known: Any = parameter._post_accumulate_grad_hooks
+        # Handles of the others' hooks know the dictionary that they are in: it stays theirs.
+        others = known.others if isinstance(known, AfterAverage) else known
+        own = dict(known) if isinstance(known, AfterAverage) else {}
+        own.update([others.popitem()])
+        made = cls(own, parameter, others)
+        parameter._post_accumulate_grad_hooks = made
+        return made
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        if "others" in vars(self):
+            self.others[key] = hook
+        else:
+            super().__setitem__(key, hook)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.others
+
+    def __delitem__(self, key: int) -> None:
+        if key in self.others:
+            del self.others[key]
+        else:
+            super().__delitem__(key)
+
+    def call(self, parameter: nn.Parameter) -> None:
+        """The gradient is the average now."""
+        for hook in list(self.others.values()):
+            hook(parameter)
+
+    def give_back(self) -> None:
+        """Let torch call the others' hooks again."""
+        if self._parameter._post_accumulate_grad_hooks is self:
+            self._parameter._post_accumulate_grad_hooks = self.others

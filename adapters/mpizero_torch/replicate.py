@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mpizero import World
 from mpizero_torch import slices
@@ -22,6 +24,8 @@ def broadcast_tensors(tensors: Sequence[torch.Tensor], world: World, root: int) 
     for pack in packs(slices.local(tensor) for tensor in tensors):
         if len(pack) == 1:
             world.broadcast(pack[0].detach(), root)
+            if world.rank != root and not pack[0].is_inference():
+                torch.autograd.graph.increment_version(pack[0])
             continue
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in pack])
         world.broadcast(flat, root)
@@ -29,6 +33,36 @@ def broadcast_tensors(tensors: Sequence[torch.Tensor], world: World, root: int) 
             values = flat.split([tensor.numel() for tensor in pack])
             for tensor, value in zip(pack, values, strict=True):
                 tensor.copy_(value.view_as(tensor))
+
+
+@torch.no_grad()
+def broadcast_optimizer(optimizer: torch.optim.Optimizer, world: World, root: int) -> None:
+    """Give every rank the state and settings of the root's optimizer. Collective."""
+    state = optimizer.state_dict()
+    told = tree_map(lambda each: _Form.of(each) if isinstance(each, torch.Tensor) else each, state)
+    told = world.broadcast_object(told, root)
+    if world.rank != root:
+        state = tree_map(lambda each: each.empty() if isinstance(each, _Form) else each, told)
+    tensors = [each for each in tree_leaves(state) if isinstance(each, torch.Tensor)]
+    broadcast_tensors(tensors, world, root)
+    if world.rank != root:
+        optimizer.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a tensor is like whose values follow."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Form:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device.type == "cuda")
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="cuda" if self.on_gpu else "cpu")
 
 
 def start_alike(tensors: Sequence[torch.Tensor], world: World) -> None:
@@ -55,41 +89,81 @@ def packs(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return packs
 
 
+class Structure:
+    """The parts of a module, and whether any has got, lost or replaced one, or a parameter.
+
+    Walking a module takes longer than all else that happens in a step. So what was found is kept
+    until something in it is another object.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._look()
+
+    def changed(self) -> bool:
+        """Has something been replaced since the last time?"""
+        if self._children == self._children_then and self._held() == self._held_then:
+            return False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        self.parts = list(self._module.named_modules())
+        self._children = [part._modules for _, part in self.parts]
+        self._children_then = [dict(children) for children in self._children]
+        self._parameters = [part._parameters for _, part in self.parts if part._parameters]
+        self._held_then = self._held()
+
+    def _held(self) -> list[int]:
+        return [id(each) for held in self._parameters for each in held.values()]
+
+
 class Buffers:
-    """A module's buffers (BatchNorm's statistics, for instance), kept as one rank's."""
+    """A module's buffers (BatchNorm's statistics, for instance), kept as one rank's.
+
+    Whether they have changed is known by torch's count of writes, and where that says no, by their
+    values: what is written through ``.data``, or by fused operations, is not counted. So a copy of
+    them is kept, and compared with in each pass in which none was counted. On a GPU, whose answer
+    the host would have to wait for, they are taken to have changed.
+    """
 
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
-        self._module = module
+        self._structure = Structure(module)
         self._ignored = set(ignored)
-        self._look()
-        self._seen = self._versions()
+        self._take_note()
 
     def changed(self) -> bool:
         """Has any buffer been written to, or replaced, since they were last equal?"""
-        return self._versions() != self._seen
+        buffers = self._buffers()
+        if self._counts(buffers) != self._seen:
+            return True
+        if any(buffer.device.type != "cpu" for buffer in buffers):
+            return True
+        return not all(map(torch.equal, buffers, self._copies))
 
     def broadcast(self, world: World, root: int) -> None:
-        """Make them the root's. Collective."""
-        broadcast_tensors(self._buffers(), world, root)
-        self._seen = self._versions()
+        """Make them the root's. Collective.
 
-    def _look(self) -> None:
-        """Find the parts that hold buffers.
-
-        Walking the modules takes longer than all else that happens here, in every step. So where
-        buffers are held is kept until a part gets, loses or replaces a child.
+        Autograd may have saved them for a backward pass still to come. Where the program's own
+        writes are not counted as changes, this is not either.
         """
-        parts = list(self._module.named_modules())
-        self._held = [(name, part._buffers) for name, part in parts]
-        self._children = [part._modules for _, part in parts]
-        self._children_then = [dict(children) for children in self._children]
+        buffers = self._buffers()
+        seen = dict(self._seen)
+        uncounted = [b for b in buffers if not b.is_inference() and seen.get(id(b)) == b._version]
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(uncounted)):
+            broadcast_tensors(buffers, world, root)
+        self._take_note()
+
+    def _take_note(self) -> None:
+        buffers = self._buffers()
+        self._seen = self._counts(buffers)
+        self._copies = [b.detach().clone() for b in buffers if b.device.type == "cpu"]
 
     def _buffers(self) -> list[torch.Tensor]:
-        if self._children != self._children_then:
-            self._look()
+        self._structure.changed()
         found: dict[int, torch.Tensor] = {}
-        for module, held in self._held:
-            for name, buffer in held.items():
+        for module, part in self._structure.parts:
+            for name, buffer in part._buffers.items():
                 if (
                     buffer is not None
                     and ".".join(filter(None, (module, name))) not in self._ignored
@@ -97,5 +171,6 @@ class Buffers:
                     found.setdefault(id(buffer), buffer)
         return list(found.values())
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(id(b), -1 if b.is_inference() else b._version) for b in self._buffers()]
+    @staticmethod
+    def _counts(buffers: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+        return [(id(b), -1 if b.is_inference() else b._version) for b in buffers]

@@ -49,6 +49,11 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return found
 
 
+def has_numpy_dtype(dtype: torch.dtype) -> bool:
+    """May tensors of it be reduced?"""
+    return dtype in _NUMPY_OF
+
+
 def torch_dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a numpy dtype."""
     return _TORCH_OF[np.dtype(dtype)]

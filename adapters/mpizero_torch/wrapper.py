@@ -15,7 +15,7 @@ from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
 from mpizero_torch import batch_weight, slices
 from mpizero_torch.hooks import BackwardHooks
-from mpizero_torch.replicate import Buffers, broadcast_tensors
+from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
 
 
@@ -30,25 +30,27 @@ class DistributedModule(nn.Module):
         self._stated: Weight | None = None
         self._hooks: BackwardHooks | None = None
         self._named: list[tuple[str, nn.Parameter]] = []
-        self._were_trainable: list[bool] = []
         self._buffers_in_sync: Buffers | None = None
         self.tied = TiedStages(list(module.named_parameters()), world)
         self.register_load_state_dict_pre_hook(_restore_prefix)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def _watch_parameters(self) -> None:
-        """Hook the trainable parameters; again whenever some were frozen or unfrozen."""
+        """Before a pass: see to it that the parameters' gradients are noticed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
-        if torch.is_grad_enabled() and self.training:
+        if torch.is_grad_enabled():
             self._watch_parameters()
             if self._hooks is not None:
                 self._hooks.check_last_pass()
-        with recorder().span("forward"):
+        weight, (args, kwargs) = batch_weight.fed((args, kwargs), self._stated)
+        with recorder().span("forward"), batch_weight.under_way(weight):
             output = self.module(*args, **kwargs)
         if self._hooks is not None and torch.is_grad_enabled():
-            self._hooks.watch_output(output)
+            # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
+            counted = float(weight.value > 0) if weight.stated else weight.value
+            self._hooks.watch_output(output, counted)
         return output
 
     @contextmanager
@@ -88,7 +90,6 @@ class DistributedModule(nn.Module):
         non-finite weights.
         """
         self._stated = Weight(float(weight), stated=True)
-        batch_weight.state(self._stated)
         self._watch_parameters()
 
     @contextmanager
@@ -96,19 +97,23 @@ class DistributedModule(nn.Module):
         """For loops that may end earlier on some ranks: those that are done shadow the rest.
 
         In ``with model.join(optimizer):`` a rank that has left its loop takes part in the others'
-        averages with weight zero, until all have left theirs. The optimizer, if given, takes their
-        steps too, so that its state stays the same on every rank; without one, parameters and
-        buffers are taken from a rank with most steps at the end. Inside, no other collective may
-        be called (``mz.mean``, ``SyncBatchNorm``): ranks that are done would not answer.
+        averages with weight zero, until all have left theirs. At the end all ranks have the
+        parameters and buffers, and the state of the optimizer if it is given, of a rank with most
+        steps. Inside, no other collective may be called (``mz.mean``, ``SyncBatchNorm``): ranks
+        that are done would not answer.
         """
         steps_before = self._steps
         yield
-        while self._shadow_step(optimizer):
-            pass
-        if optimizer is None:
-            steps = self.world.gather_objects(self._steps - steps_before)
-            every = [tensor for _, tensor in self._named] + list(self.module.buffers())
-            broadcast_tensors(every, self.world, root=steps.index(max(steps)))
+        if self._hooks is None or self.world.size == 1:
+            return
+        while self._hooks.shadow():
+            self._forget_gradients()
+        steps = self.world.gather_objects(self._steps - steps_before)
+        root = steps.index(max(steps))
+        every = [tensor for _, tensor in self._named] + list(self.module.buffers())
+        broadcast_tensors(every, self.world, root)
+        if optimizer is not None:
+            broadcast_optimizer(optimizer, self.world, root)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's state_dict, with its plain names."""
@@ -151,17 +156,6 @@ class DistributedModule(nn.Module):
     @property
     def _steps(self) -> int:
         return self._hooks.steps if self._hooks is not None else 0
-
-    def _shadow_step(self, optimizer: torch.optim.Optimizer | None) -> bool:
-        """Take part in one step of the other ranks; False when all are done."""
-        if self._hooks is None or self.world.size == 1:
-            return False
-        if not self._hooks.shadow():
-            return False
-        if optimizer is not None:
-            optimizer.step()
-        self._forget_gradients()
-        return True
 
     def _check_pass(self) -> None:
         """Raise MpizeroError if a pass that averages begins, whose gradients are not all here."""

@@ -50,12 +50,14 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         cuda_awareness: CudaAwareness | None = None,
         *,
         in_order: bool = False,
+        threaded: bool = False,
     ) -> None:
         super().__init__(comm, device)
         self.cuda_awareness = cuda_awareness or cuda_aware(self, device)
         self._lanes = lanes = Lanes.of(self, in_order)
-        threaded = overlaps(self, wanted=in_order)
-        self._worker = Worker(threaded, device.activate, lanes.waiting, in_order, has_core(self))
+        self._wants_thread = threaded
+        overlapping = overlaps(self, wanted=in_order or threaded)
+        self._worker = Worker(overlapping, device.activate, lanes.waiting, in_order, has_core(self))
         self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         self._node_memory = NodeMemory(self.node_comm)
@@ -75,7 +77,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         self._parts: dict[str, World] = {}
         self._node: World | None = None
         if self.node_count > 1:
-            self._node = World(self.node_comm, device, self.cuda_awareness)
+            self._node = World(self.node_comm, device, self.cuda_awareness, threaded=threaded)
 
     @property
     def node(self) -> World:
@@ -134,22 +136,28 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
                 whole.Free()
             return self._world_of(comm, in_order)
 
-    def _world_of(self, comm: MPI.Intracomm, in_order: bool = False) -> World:
+    def _world_of(
+        self, comm: MPI.Intracomm, in_order: bool = False, threaded: bool = False
+    ) -> World:
         """A World over a communicator, which it replaces by duplicates of its own."""
-        world = World(comm, self.device, self.cuda_awareness, in_order=in_order)
+        world = World(comm, self.device, self.cuda_awareness, in_order=in_order, threaded=threaded)
         comm.Free()
         return world
 
-    def part(self, name: str, color: int) -> World:
+    def part(self, name: str, color: int, *, threaded: bool = False) -> World:
         """The sub-world of the ranks that give the same ``color``: one and the same for a name.
 
         Collective when a name is new. For the engine, which would split anew for every model.
+        ``threaded``: asynchronous operations get a thread wherever MPI allows it, here and in its
+        own parts.
         """
+        threaded = threaded or self._wants_thread
         if name not in self._parts:
-            part = self.split(color)
-            if part is None:
+            self._caller.perform(lambda: Call("part()", lambda run, parts: None), False)
+            comm = self.split_comm(color, self.rank)
+            if comm is None:
                 raise RuntimeError("every rank belongs to a part")
-            self._parts[name] = part
+            self._parts[name] = self._world_of(comm, threaded=threaded)
         return self._parts[name]
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
@@ -203,6 +211,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         *,
         sure: bool = True,
         nbytes: int = 0,
+        prepare: Callable[[], None] | None = None,
     ) -> Handle:
         """Queue ``work`` behind the asynchronous operations: for the engine.
 
@@ -210,9 +219,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         it submits; ``what`` it is then gets compared only where that costs nothing.
         ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
         ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
-        that is not their size; for timelines and reports.
+        that is not their size; for timelines and reports. ``prepare`` is carried out before it, in
+        its place of the order, and before other ranks may read the first of the arrays.
         """
-        call = Call(what, work, arrays, stream, nbytes=nbytes)
+        call = Call(what, work, arrays, stream, nbytes=nbytes, fill=prepare)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 

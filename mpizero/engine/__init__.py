@@ -7,6 +7,7 @@ over", and gives the places where gradients lie to its framework.
 from __future__ import annotations
 
 from mpizero.engine.gradient_shards import Filling, GradientSharder
+from mpizero.engine.lanes import Lane, take_lane
 from mpizero.engine.parameter_memory import COMMON, SHARDED, WHOLE, ParameterMemory
 from mpizero.engine.partition import (
     FLAT,
@@ -21,7 +22,7 @@ from mpizero.engine.passes import ReducedPasses
 from mpizero.engine.reducer import GradientReducer
 from mpizero.engine.shard_group import ShardGroup
 from mpizero.engine.specs import ParameterSpec
-from mpizero.engine.weights import Weight
+from mpizero.engine.weights import Merge, Weight
 
 __all__ = [
     "COMMON",
@@ -33,6 +34,8 @@ __all__ = [
     "Filling",
     "GradientReducer",
     "GradientSharder",
+    "Lane",
+    "Merge",
     "ParameterMemory",
     "ParameterSpec",
     "ReducedPasses",
@@ -42,4 +45,5 @@ __all__ = [
     "balanced_owners",
     "cut_by_parameter",
     "cut_flat",
+    "take_lane",
 ]

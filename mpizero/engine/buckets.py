@@ -28,6 +28,11 @@ class Bucket(Piece):
     views: dict[int, Any]
     used: Any  # one element per member, 0 or more: has any rank a gradient for it?
 
+    @property
+    def gradients(self) -> Any:
+        """The flat array without ``used``."""
+        return self.flat[: self.layout.entries[_USED].offset]
+
 
 def cut_into_buckets(
     specs: Sequence[ParameterSpec], order: Sequence[int], first_bytes: int, bytes_each: int

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from mpizero.engine.buckets import Allocate
+from mpizero.engine.lanes import Lane
+from mpizero.engine.opening import News, Opening
 from mpizero.engine.partition import Segment, Space
-from mpizero.engine.passes import STATES, Piece, ReducedPasses
+from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.shard_group import ShardGroup
 from mpizero.engine.specs import ParameterSpec
-from mpizero.engine.weights import Weight
+from mpizero.engine.weights import Merge, Weight
 from mpizero.memory.arrays import empty_like
 from mpizero.reduction.operation import SUM
 from mpizero.reduction.shards import mean_into_shard, sum_of_squares
@@ -60,13 +62,15 @@ class GradientSharder(ReducedPasses):
     numbers of those in the list that this rank has no gradient for (or has filled in before),
     which become zero. ``key``: the segment's number, and which memory it is; equal keys come with
     equal fillings. ``left()``: the parameters that still have a gradient when backward
-    is over and all segments are sent. ``whole``: keep memory for all gradients (stage 1).
-    ``unscale()`` is what the gradients are divided by beside their weights: the factor of a scaled
-    loss.
+    is over and all segments are sent. ``has()``: for each parameter, does this rank have a gradient
+    at the end of backward? By default those that were ``ready``. ``whole``: keep memory for all
+    gradients (stage 1). ``unscale()`` is what the gradients are divided by beside their weights:
+    the factor of a scaled loss.
     """
 
     def __init__(
         self,
+        lane: Lane,
         group: ShardGroup,
         specs: Sequence[ParameterSpec],
         spaces: Sequence[Space],
@@ -77,11 +81,13 @@ class GradientSharder(ReducedPasses):
         stream: Callable[[], int | None] = lambda: None,
         fill: Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]],
         left: Callable[[], Sequence[int]] = lambda: (),
+        has: Callable[[], Sequence[bool]] | None = None,
         unscale: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        super().__init__(group.world, specs, stream)
+        super().__init__(lane, specs, stream, apart=True)
         self._group, self._spaces = group, spaces
         self._fill, self._left, self._unscale = fill, left, unscale
+        self._has = has or (lambda: [times > 0 for times in self._came])
         self._whole = whole
         # What came more often than expected is summed in a second round, so nothing need be known
         # beforehand, and the first pass needs no more memory than the others.
@@ -154,21 +160,39 @@ class GradientSharder(ReducedPasses):
         buffers = sum(int(each.nbytes) for known in self._buffers.values() for each in known)
         return {"gradients": held, "buffers": buffers}
 
-    def accumulate(self, weight: Weight, gradients_kept: bool) -> None:
+    def plan(self, weight: Weight, kept: bool) -> Merge:
+        return self._ledger.plan(weight, kept, self.keeps)
+
+    def accumulate(self, merge: Merge) -> None:
+        self._put_mean_aside()
+        super().accumulate(merge)
+
+    def open(self, merge: Merge, *, changed: bool = False) -> None:
+        self._put_mean_aside()
+        super().open(merge, changed=changed)
+
+    def open_kept(self, *, changed: bool = False) -> None:
+        self.open(self._ledger.plan_kept(self.keeps), changed=changed)
+
+    def announce_update(self) -> None:
+        """Tell the ranks that have run out of data that an update follows. Collective."""
+        Opening(self._world, News(updates=1.0)).wait()
+
+    def _put_mean_aside(self) -> None:
         if not self.keeps:
             self._kept = []
         elif self._whole and not self._kept:
             # The place of the mean is about to be filled with this rank's next gradients.
             self._kept = [self._own(piece).copy() for piece in self._segments]
-        super().accumulate(weight, gradients_kept)
 
-    def _scale_kept(self, factor: float, weight: float) -> None:
-        # The shards hold the mean once, where each of n replicas would keep an n-th of its weight.
-        for shard in self._kept or [self._own(piece) for piece in self._segments]:
-            shard[...] *= weight
+    def _own_news(self) -> dict[str, float]:
+        return {"keeps": float(self.keeps)}
 
-    def _announce(self, *mine: float) -> None:
-        super()._announce(*mine)
+    def _follow(self, told: News) -> None:
+        self.keeps = bool(told.keeps)  # have the others' gradients been forgotten since?
+        self._put_mean_aside()
+
+    def _count_in(self) -> None:
         for piece in self._segments:
             piece.missing = piece.trained if self._arrivals is not None else min(1, piece.trained)
 
@@ -194,7 +218,7 @@ class GradientSharder(ReducedPasses):
         self._arrivals = []
         self._waiting = list(self._segments_of)
 
-    def _launch(self, piece: Piece, has_gradient: Sequence[bool] | None) -> None:
+    def _launch(self, piece: Piece) -> None:
         own = self._segments[self._launched - 1]
         if own.trained:
             self._reduce(own, self._launched - 1, again=False)
@@ -210,40 +234,48 @@ class GradientSharder(ReducedPasses):
         for at in self._fill((number, buffer), fillings):
             fillings[at].memory[...] = 0
         memory[piece.gaps] = 0
+        opening = self._opening
+        if opening is None:
+            raise RuntimeError("a segment is reduced outside of a pass")
+        unscale, of_mean = self._unscale(), self._ledger.mean_weight
 
         def use(rows: list[Any]) -> None:
-            self._wait_for_opening()
-            divisor = self._divisor()
-            before = kept
-            if before is not None and not again and self._opening[STATES] > 0:
-                before = before / divisor  # stated weights divide what they have multiplied
-            squares = mean_into_shard(rows, out, divisor * self._unscale(), before)
+            told, share = opening.wait(), 1.0
+            if told.stated and not again:
+                share = of_mean / told.weight if told.weight else 0.0
+            squares = mean_into_shard(rows, out, opening.divisor * unscale, kept, share)
             self._squares[number] = squares if isfinite(squares) else _exact_squares(out)
 
         name = self._specs[piece.members[0]].name
         piece.handle = self._group.combine(
-            f"the gradients from '{name}' on", memory, piece.segment.blocks, use, self._stream()
+            f"the gradients from '{name}' on",
+            memory,
+            piece.segment.blocks,
+            use,
+            self._stream(),
+            self._scaled(memory),
         )
 
-    def _collect(self, has_gradient: Sequence[bool]) -> list[bool]:
-        anywhere, late = self._finish(has_gradient)
+    def _collect(self) -> list[bool]:
+        anywhere, late = self._finish()
         while any(late):  # some rank got gradients after their segment had been sent
             for number, piece in enumerate(self._segments):
                 if any(late[index] for index in piece.members) and piece.trained:
                     self._reduce(piece, number, again=True)
-            anywhere, late = self._finish(has_gradient)
+            anywhere, late = self._finish()
         return anywhere
 
-    def _finish(self, has_gradient: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+    def _finish(self) -> tuple[list[bool], list[bool]]:
         """Wait; which parameters have a gradient, and one that is left, on any rank?"""
-        self._wait_for_opening()
+        if self._opening is not None:
+            self._opening.check()
         for piece in self._segments:
             self._wait_segment(piece)
         left = list(self._left())
         if left:
             self._only_last = False
             self._wait_for_all()
-        found = self._close_together(has_gradient, left)
+        found = self._close_together(self._has(), left)
         self.overflowed = bool(found[0])
         self._kept = []
         has, late = found[1:].reshape(2, -1) > 0

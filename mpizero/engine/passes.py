@@ -3,9 +3,9 @@
 The schedule of data parallelism (Li et al. 2020, arXiv 2006.15704): gradients lie in *pieces* of
 flat memory, in the order in which backward produces them; a piece whose gradients have all come is
 reduced while backward computes the next ones. All ranks reduce the pieces in the same order,
-whichever fills first, so that their operations match. What a piece is, and what becomes of it, is
-the business of those who derive from here: a bucket that is all-reduced, a segment whose blocks go
-to the ranks that keep them.
+whichever fills first, and in a lane of their own, so that their operations match. What a piece is,
+and what becomes of it, is the business of those who derive from here: a bucket that is all-reduced,
+a segment whose blocks go to the ranks that keep them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
-from mpizero.api import World
+from mpizero.engine.lanes import Lane
+from mpizero.engine.opening import News, Opening
 from mpizero.engine.specs import ParameterSpec
-from mpizero.engine.weights import Weight, WeightLedger
+from mpizero.engine.weights import Merge, Weight, WeightLedger
 from mpizero.progress import Handle
-from mpizero.reduction.operation import SUM
-
-# What each rank tells the others when a reduced backward pass begins, summed over the ranks.
-_ACTIVE, STATES, _WEIGHT, _BUFFERS_CHANGED = range(4)
+from mpizero.reduction.scaling import scale
 
 
 @dataclass
@@ -36,28 +33,35 @@ class Piece:
 
 
 class ReducedPasses(ABC):
-    """Counts gradients in, launches full pieces in order, and keeps the books of weights."""
+    """Counts gradients in, launches full pieces in order, and keeps the books of weights.
+
+    An adapter asks for the ``plan`` of a pass before its first gradient is computed, which says how
+    to add them to those that are kept. Then it has them ``accumulate`` on this rank, or ``open``s a
+    pass that averages, says of each gradient that it is ``ready``, and ``close``s.
+    """
 
     def __init__(
         self,
-        world: World,
+        lane: Lane,
         specs: Sequence[ParameterSpec],
         stream: Callable[[], int | None],
+        *,
+        apart: bool,
     ) -> None:
-        world.agree([str(spec) for spec in specs], "parameters")
-        self._world = world
+        self.lane = lane
+        self._world = lane.world
+        self._world.agree([str(spec) for spec in specs], "parameters")
         self._specs = list(specs)
         self._stream = stream
-        self._ledger = WeightLedger(world.size)
-        self._opening = np.zeros(4)
-        self._opening_handle: Handle | None = None
+        self._ledger = WeightLedger(self._world.size, apart)
+        self._opening: Opening | None = None
+        self._told = News()  # what the last opening has said
         # How often a gradient comes in one backward (more than once if checkpointed segments share
         # the parameter), as far as is known; None: pieces wait for the end of backward.
         self._expected: list[int] | None = None
         self._came = [0] * len(self._specs)
         self._arrivals: list[int] | None = None  # in which order gradients come, if that matters
         self._waiting: list[tuple[Piece, ...]] = []  # for each parameter the pieces it is part of
-        self._stated = False
         self._launched = 0
 
     @property
@@ -66,66 +70,62 @@ class ReducedPasses(ABC):
         """In the order in which all ranks reduce them."""
 
     @abstractmethod
-    def _launch(self, piece: Piece, has_gradient: Sequence[bool] | None) -> None:
-        """Submit the reduction. ``has_gradient`` says which parameters have one; None: all do."""
+    def _launch(self, piece: Piece) -> None:
+        """Submit the reduction of one of the pieces."""
 
     @abstractmethod
-    def _collect(self, has_gradient: Sequence[bool]) -> list[bool]:
+    def _collect(self) -> list[bool]:
         """Wait for all reductions; return for which parameters any rank has a gradient."""
-
-    @abstractmethod
-    def _scale_kept(self, factor: float, weight: float) -> None:
-        """Multiply the gradients kept from a finished mean, of total ``weight``, by ``factor``."""
 
     @property
     def is_open(self) -> bool:
         """True between ``open`` and ``close``."""
-        return self._opening_handle is not None
+        return self._opening is not None
 
     @property
-    def all_active(self) -> bool:
-        """Was the last pass a real one on every rank?"""
-        return bool(self._opening[_ACTIVE] == self._world.size)
+    def told(self) -> News:
+        """What the ranks have told each other in the last reduced pass, summed."""
+        return self._told
 
     @property
-    def buffers_changed(self) -> bool:
-        """Has any rank, in the last reduced pass, said that its module's buffers changed?"""
-        return bool(self._opening[_BUFFERS_CHANGED])
+    def is_plain(self) -> bool:
+        """Is what lies here neither weighed nor scaled, so that ``kept`` need not be known?"""
+        return self._ledger.is_plain
 
-    @property
-    def anyone_active(self) -> bool:
-        """Was the last pass a real one on any rank (see ``shadow``)?"""
-        return bool(self._opening[_ACTIVE])
+    def plan(self, weight: Weight, kept: bool) -> Merge:
+        """How a pass of ``weight`` adds its gradients to those that lie here (``kept``)."""
+        return self._ledger.plan(weight, kept)
 
-    def accumulate(self, weight: Weight, gradients_kept: bool) -> None:
-        """A backward pass begins whose gradients stay on this rank for now.
+    def accumulate(self, merge: Merge) -> None:
+        """A backward pass takes place whose gradients stay on this rank for now."""
+        self._ledger.commit(merge)
 
-        ``gradients_kept``: there are gradients, not all zero, from earlier passes, to which this
-        one adds.
+    def open(self, merge: Merge, *, changed: bool = False) -> None:
+        """A backward pass takes place whose gradients are averaged, and kept ones with them.
+
+        ``changed``: have the module's buffers changed on this rank?
         """
-        reduced = self._ledger.reduced if gradients_kept else 0.0
-        factor = self._ledger.open(weight, gradients_kept)
-        self._stated = weight.stated
-        if reduced:
-            self._scale_kept(factor, reduced)
+        self._ledger.commit(merge)
+        news = News(
+            active=1.0,
+            stated=float(merge.stated),
+            weight=merge.announced,
+            uneven=float(merge.factor != 1.0),
+            changed=float(changed),
+            **self._own_news(),
+        )
+        self._announce(news, merge)
 
-    def open(self, weight: Weight, gradients_kept: bool, buffers_changed: bool = False) -> None:
-        """A backward pass begins whose gradients will be averaged, and kept ones with them."""
-        self.accumulate(weight, gradients_kept)
-        self._announce(1.0, float(weight.stated), self._ledger.local, float(buffers_changed))
-
-    def open_kept(self, buffers_changed: bool = False) -> None:
-        """Gradients kept from earlier passes will be averaged, without a pass of their own."""
-        counted = self._ledger.local > 0  # their weights were stated, and are all there are
-        weight = Weight(0.0, stated=True) if counted else Weight()
-        self.open(weight, gradients_kept=True, buffers_changed=buffers_changed)
+    def open_kept(self, *, changed: bool = False) -> None:
+        """Gradients kept from earlier passes are averaged, without a pass of their own."""
+        self.open(self._ledger.plan_kept(), changed=changed)
 
     def ready(self, index: int) -> None:
-        """The gradient of parameter ``index``, times this rank's weight, is there to be filled in.
+        """The gradient of parameter ``index`` is there to be filled in.
 
         Outside ``open`` and ``close``: nothing to do, it stays on this rank.
         """
-        if self._opening_handle is None:
+        if self._opening is None:
             return
         came = self._came
         came[index] += 1
@@ -141,18 +141,22 @@ class ReducedPasses(ABC):
         elif came[index] > self._expected[index]:
             self._came_again(index)
 
-    def close(self, has_gradient: Sequence[bool]) -> list[bool]:
+    def close(self) -> list[bool]:
         """Backward is over. Returns for which parameters any rank has a gradient.
 
-        ``has_gradient[i]``: does this rank hold one, of this pass or an earlier one? When this
-        returns, the gradients are the mean over the ranks; those of no rank are to be ignored.
+        When this returns, the gradients are the mean over the ranks; those of no rank are to be
+        ignored.
         """
+        opening = self._opening
+        if opening is None:
+            raise RuntimeError("no pass is open")
         pieces = self.pieces
         while self._launched < len(pieces):
-            self._launch_next(has_gradient)
-        anywhere = self._collect(has_gradient)
-        self._opening_handle = None
-        self._ledger.close(float(self._opening[_WEIGHT]))
+            self._launch_next()
+        anywhere = self._collect()
+        self._told = told = opening.wait()
+        self._opening = None
+        self._ledger.close(bool(told.stated), told.weight)
         self._learn()
         return anywhere
 
@@ -160,55 +164,64 @@ class ReducedPasses(ABC):
         """Take part in the other ranks' pass with nothing of this rank's own.
 
         For a rank that has run out of data. Returns what ``close`` does, or None if no rank had a
-        pass of its own: then all have run out.
+        pass of its own: then all have run out, or the others announce an update (``told``).
         """
-        self._stated = False
-        self._announce(0.0, 0.0, 0.0, 0.0)
-        self._wait_for_opening()
-        if not self.anyone_active:
-            self._opening_handle = None
+        opening = self._announce(News(), Merge())
+        self._told = told = opening.wait()
+        if not told.active:
+            self._opening = None
             return None
-        return self.close([False] * len(self._specs))
+        self._follow(told)
+        return self.close()
 
-    def _announce(self, *mine: float) -> None:
-        """Send the sum of all ranks' announcements ahead of the pieces."""
-        for piece in self.pieces:
-            piece.missing = len(piece.members)
+    def _follow(self, told: News) -> None:  # noqa: B027  (nothing, for most)
+        """Shadowing: do as the others have told."""
+
+    def _own_news(self) -> dict[str, float]:
+        """What else this rank tells the others when a pass opens."""
+        return {}
+
+    def _trained(self) -> Sequence[bool]:
+        """For each piece: does this rank train something in it? Told to the others."""
+        return ()
+
+    def _announce(self, news: News, merge: Merge) -> Opening:
+        """Send this rank's news ahead of the pieces."""
+        self._count_in()
         self._launched = 0
         self._came = [0] * len(self._specs)
-        opening = self._opening = np.array(mine)
-        self._opening_handle = self._world.submit(
-            "the opening of a backward pass",
-            lambda run, parts: run.all_reduce(opening, SUM),
-            nbytes=opening.nbytes,
-        )
+        self._opening = opening = Opening(self._world, news, self._trained(), merge)
+        return opening
+
+    def _count_in(self) -> None:
+        """Before a pass: how many gradients each piece waits for."""
+        for piece in self.pieces:
+            piece.missing = len(piece.members)
 
     def _launch_full_ones(self) -> None:
         """Reduce the pieces that are full, but none before those in front of it."""
         pieces = self.pieces
         while self._launched < len(pieces) and pieces[self._launched].missing <= 0:
-            self._launch_next(None)
+            self._launch_next()
 
-    def _launch_next(self, has_gradient: Sequence[bool] | None) -> None:
+    def _launch_next(self) -> None:
         piece = self.pieces[self._launched]
         self._launched += 1
-        self._launch(piece, has_gradient)
+        self._launch(piece)
+
+    def _scaled(self, memory: Any) -> Callable[[], None]:
+        """What brings gradients to this rank's weight, once all ranks' weights are known."""
+        opening = self._opening
+
+        def apply() -> None:
+            if opening is not None and opening.scale != 1.0:
+                scale(memory, opening.scale)
+
+        return apply
 
     @abstractmethod
     def _came_again(self, index: int) -> None:
         """A gradient has come more often than was expected."""
-
-    def _divisor(self) -> float:
-        stated = self._opening[STATES] > 0
-        return float(self._opening[_WEIGHT] if stated else self._opening[_ACTIVE]) or 1.0
-
-    def _wait_for_opening(self) -> None:
-        if self._opening_handle is not None:
-            self._opening_handle.wait()
-        stating = self._opening[STATES]
-        if stating and stating != self._opening[_ACTIVE]:
-            mine = "stated a weight with weigh()" if self._stated else "stated no weight"
-            self._world.agree([mine], "the weights of this step")
 
     def _learn(self) -> None:
         """After a pass: how often each gradient comes."""

@@ -2,70 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from mpizero.api import World
+from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.engine.buckets import Allocate, Bucket, cut_into_buckets, make_bucket
+from mpizero.engine.lanes import Lane
+from mpizero.engine.opening import News, Opening
 from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.specs import ParameterSpec
+from mpizero.engine.weights import Merge
 from mpizero.errors import MismatchError
+from mpizero.memory.arrays import put
 from mpizero.reduction.operation import mean_over
 
 FIRST_BUCKET_BYTES = 1 << 20
 
 
 class GradientReducer(ReducedPasses):
-    """Buckets for the gradients of ``specs``, and their all-reduction over ``world``.
+    """Buckets for the gradients of ``specs``, and their all-reduction over the lane's ranks.
 
     ``allocate(count, dtype)`` gives zeroed flat memory where gradients shall lie. ``stream()`` is
     the raw CUDA stream on which device gradients have been computed. ``fill(members)`` puts what
-    gradients there are of these parameters into their views, just before they are reduced.
-    ``divisor``: what sums are divided by, in place of the weights that ranks bring. Making a
-    reducer is collective: parameters that differ between the ranks raise MismatchError, naming the
-    first.
+    gradients there are of these parameters into their views, just before they are reduced, and
+    says of each whether there is one; by default those that were ``ready`` are there. ``divisor``:
+    what sums are divided by, in place of the weights that ranks bring.
+
+    ``trained()`` says of each parameter whether it has, or gets, a gradient of this rank's.
+    Parameters that no rank trains have no place in a bucket, and a bucket in which no rank trains
+    any is not sent. ``reformed()``: parameters whose gradients are of another dtype now. Both these
+    and what is trained for the first time get a place at the end of the pass that finds them.
+
+    Making a reducer is collective: parameters that differ between the ranks raise MismatchError,
+    naming the first.
     """
 
     def __init__(
         self,
-        world: World,
+        lane: Lane,
         specs: Sequence[ParameterSpec],
         allocate: Allocate,
         *,
         bucket_bytes: int | None = None,
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
-        fill: Callable[[Sequence[int]], None] = lambda members: None,
+        fill: Callable[[Sequence[int]], Sequence[bool]] | None = None,
+        trained: Callable[[], Sequence[bool]] | None = None,
+        reformed: Callable[[], Mapping[int, ParameterSpec]] = dict,
         divisor: float | None = None,
     ) -> None:
-        super().__init__(world, specs, stream)
+        super().__init__(lane, specs, stream, apart=False)
         self._allocate = allocate
-        self._bucket_bytes = bucket_bytes or world.tuning.bucket_bytes
+        self._bucket_bytes = bucket_bytes or self._world.tuning.bucket_bytes
         self._overlap = overlap
         self._fill = fill
-        self._mean = mean_over(self._divisor if divisor is None else lambda: divisor)
+        self._trained_now = trained
+        self._reformed_now = reformed
+        self._divisor = divisor
         # The first pass learns in which order gradients come, and reduces at its end.
-        self._order_is_final = world.size == 1
+        self._order_is_final = self._world.size == 1
         self.generation = 0  # grows when gradients get new places
-        self._build(range(len(self._specs) - 1, -1, -1))
+        self._late: dict[int, ParameterSpec] = {}
+        self._shadows = False
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[int, Bucket] = {}
+        self._is_trained = [True] * len(self._specs) if trained is None else list(trained())
+        anywhere = self._world.gather_objects(self._is_trained)
+        self._build([i for i in range(len(specs) - 1, -1, -1) if any(own[i] for own in anywhere)])
 
     def view(self, index: int) -> Any:
         """Where the gradient of parameter ``index`` lies, in the parameter's shape."""
         return self._bucket_of[index].views[index]
 
+    def bucket_of(self, index: int) -> Bucket | None:
+        """The bucket in which the gradient of a parameter has its place, if it has one."""
+        return self._bucket_of.get(index)
+
+    @property
+    def late(self) -> Collection[int]:
+        """In a pass: the parameters that get their place, or another one, at its end."""
+        return self._late
+
     @property
     def pieces(self) -> Sequence[Bucket]:
         return self._buckets
 
-    def _scale_kept(self, factor: float, weight: float) -> None:
-        if factor != 1.0:
-            for bucket in self._buckets:
-                bucket.flat *= factor
+    def open(self, merge: Merge, *, changed: bool = False) -> None:
+        if self._trained_now is not None:
+            self._is_trained = list(self._trained_now())
+            trained = self._is_trained
+            self._late = {i: s for i, s in self._reformed_now().items() if trained[i]}
+            if len(self._bucket_of) < len(self._specs):
+                for index in range(len(self._specs)):
+                    if trained[index] and index not in self._bucket_of:
+                        self._late.setdefault(index, self._specs[index])
+        super().open(merge, changed=changed)
+
+    def shadow(self) -> list[bool] | None:
+        self._shadows, trained = True, self._is_trained
+        self._is_trained, self._late = [False] * len(self._specs), {}
+        try:
+            return super().shadow()
+        finally:
+            self._shadows, self._is_trained = False, trained
+
+    def _own_news(self) -> dict[str, float]:
+        return {"late": float(len(self._late))}
+
+    def _trained(self) -> Sequence[bool]:
+        trained = self._is_trained
+        return [any(trained[index] for index in bucket.members) for bucket in self._buckets]
+
+    def _announce(self, news: News, merge: Merge) -> Opening:
+        self._arrivals = None if self._order_is_final else []
+        opening = super()._announce(news, merge)
+        own = self._divisor
+        self._mean = mean_over(lambda: opening.divisor if own is None else own)
+        return opening
+
+    def _count_in(self) -> None:
+        trained = self._is_trained
+        for bucket in self._buckets:
+            bucket.missing = sum(trained[index] for index in bucket.members)
 
     def _came_again(self, index: int) -> None:
-        if self._bucket_of[index].handle is not None and self._expected is not None:
+        bucket = self._bucket_of.get(index)
+        if bucket is not None and bucket.handle is not None and self._expected is not None:
             raise MismatchError(
                 f"parameter '{self._specs[index].name}' received a gradient "
                 f"{self._came[index]} times in this backward pass, "
@@ -73,39 +135,78 @@ class GradientReducer(ReducedPasses):
                 "Use overlap=False for models whose use of a parameter changes from step to step."
             )
 
-    def _announce(self, *mine: float) -> None:
-        self._arrivals = None if self._order_is_final else []
-        super()._announce(*mine)
-
-    def _launch(self, piece: Piece, has_gradient: Sequence[bool] | None) -> None:
-        bucket = self._buckets[self._launched - 1]
-        if has_gradient is None:
-            bucket.used[...] = 1
-        else:
-            used = [has_gradient[index] for index in bucket.members]
-            bucket.used[...] = np.asarray(used, bucket.layout.dtype)
-            for index, has in zip(bucket.members, used, strict=True):
-                if not has:
+    def _launch(self, piece: Piece) -> None:
+        number = self._launched - 1
+        bucket = self._buckets[number]
+        opening = self._opening
+        if opening is None:
+            raise RuntimeError("a bucket is reduced outside of a pass")
+        has = self._has_gradient(bucket)
+        put(has, bucket.used)
+        if any(has):
+            for index, one in zip(bucket.members, has, strict=True):
+                if not one:
                     bucket.views[index][...] = 0
-        self._fill(bucket.members)
-        flat, mean = bucket.flat, self._mean
+        flat, mean, scaled = bucket.flat, self._mean, self._scaled(bucket.gradients)
+
+        def prepare() -> None:
+            if any(has):
+                scaled()
+            elif opening.trained(number):
+                flat[...] = 0
+
+        def reduce(run: Dispatch, parts: Parts) -> None:
+            if opening.trained(number):
+                run.all_reduce(flat, mean, parts=parts)
+
         bucket.handle = self._world.submit(
             f"the gradients from '{self._specs[bucket.members[0]].name}' on",
-            lambda run, parts: run.all_reduce(flat, mean, parts=parts),
+            reduce,
             (flat,),
             self._stream(),
+            prepare=prepare,
         )
 
-    def _collect(self, has_gradient: Sequence[bool]) -> list[bool]:
-        self._wait_for_opening()
+    def _has_gradient(self, bucket: Bucket) -> list[bool]:
+        """Put gradients into a bucket; for each of its members: is there one on this rank?"""
+        if self._shadows:
+            return [False] * len(bucket.members)
+        here = [i for i in bucket.members if self._bucket_of[i] is bucket and i not in self._late]
+        found = [self._came[i] > 0 for i in here] if self._fill is None else self._fill(here)
+        has = dict(zip(here, found, strict=True))
+        return [has.get(index, False) for index in bucket.members]
+
+    def _collect(self) -> list[bool]:
+        opening = self._opening
+        if opening is None:
+            raise RuntimeError("no pass is open")
+        if opening.check().late:
+            self._find_places()
         anywhere = [False] * len(self._specs)
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets):
             if bucket.handle is not None:
                 bucket.handle.wait()
                 bucket.handle = None
-            for index, used in zip(bucket.members, bucket.used.tolist(), strict=True):
-                anywhere[index] = used != 0
+            if opening.trained(number):
+                for index, used in zip(bucket.members, bucket.used.tolist(), strict=True):
+                    anywhere[index] |= used != 0
         return anywhere
+
+    def _find_places(self) -> None:
+        """Give those that are late a place, the same on all ranks, and reduce them, too."""
+        late: set[int] = set()
+        for theirs in self._world.gather_objects(list(self._late)):
+            late.update(theirs)
+        members = sorted(late, reverse=True)
+        for index in members:
+            self._specs[index] = self._late.get(index) or self._reformed_now().get(
+                index, self._specs[index]
+            )
+        self._world.agree([str(self._specs[index]) for index in members], "parameters")
+        self._late = {}
+        self._add(cut_into_buckets(self._specs, members, self._bucket_bytes, self._bucket_bytes))
+        while self._launched < len(self._buckets):
+            self._launch_next()
 
     def _learn(self) -> None:
         """After the first pass also in which order gradients come (rank 0's)."""
@@ -115,18 +216,24 @@ class GradientReducer(ReducedPasses):
             return
         self._order_is_final = True
         first_arrivals = list(dict.fromkeys(self._arrivals or []))
-        order = self._world.broadcast_object(first_arrivals)
-        rest = [i for i in range(len(self._specs) - 1, -1, -1) if i not in set(order)]
-        old_views = [self.view(index) for index in range(len(self._specs))]
+        order = [i for i in self._world.broadcast_object(first_arrivals) if i in self._bucket_of]
+        rest = [i for i in sorted(self._bucket_of, reverse=True) if i not in set(order)]
+        old_views = {index: self.view(index) for index in self._bucket_of}
         self._build([*order, *rest])
-        for index, old in enumerate(old_views):
+        for index, old in old_views.items():
             self.view(index)[...] = old
 
     def _build(self, order: Sequence[int]) -> None:
-        groups = cut_into_buckets(self._specs, order, FIRST_BUCKET_BYTES, self._bucket_bytes)
-        self._buckets = [make_bucket(self._specs, members, self._allocate) for members in groups]
-        of = {index: bucket for bucket in self._buckets for index in bucket.members}
-        self._bucket_of = [of[index] for index in range(len(self._specs))]
-        self._waiting = [(bucket,) for bucket in self._bucket_of]
+        self._buckets, self._bucket_of = [], {}
+        self._add(cut_into_buckets(self._specs, order, FIRST_BUCKET_BYTES, self._bucket_bytes))
         self._launched = 0
+
+    def _add(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Further buckets, behind those that there are. Collective."""
+        for members in groups:
+            bucket = make_bucket(self._specs, members, self._allocate)
+            self._buckets.append(bucket)
+            self._bucket_of.update(dict.fromkeys(members, bucket))
+        of = self._bucket_of
+        self._waiting = [(of[i],) if i in of else () for i in range(len(self._specs))]
         self.generation += 1

@@ -83,10 +83,12 @@ class ShardGroup:
         blocks: Sequence[slice],
         use: Callable[[list[Any]], None],
         stream: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> Handle:
         """Sum ``flat`` over all ranks; ``use(rows)`` gets what makes up this rank's block.
 
-        See ``Algorithm.combine_block``. ``blocks``: one for each part.
+        See ``Algorithm.combine_block``. ``blocks``: one for each part. ``prepare`` is carried out
+        first, before others read ``flat``.
         """
 
         def work(run: Dispatch, parts: Parts) -> None:
@@ -117,7 +119,7 @@ class ShardGroup:
                 ).wait()
                 use([total])
 
-        return self.inner.submit(what, work, (flat,), stream)
+        return self.inner.submit(what, work, (flat,), stream, prepare=prepare)
 
     def gather(
         self, what: str, flat: Any, segments: Sequence[tuple[slice, Sequence[slice]]]

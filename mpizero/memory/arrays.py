@@ -96,6 +96,15 @@ def same_place(first: Any, second: Any) -> bool:
     return bool(first.data.ptr == second.data.ptr)
 
 
+def put(values: Any, into: Any) -> None:
+    """Copy numbers of the host, a sequence or numpy array, into an array of any library."""
+    host = np.asarray(values, into.dtype).reshape(into.shape)
+    if isinstance(into, np.ndarray):
+        into[...] = host
+    else:
+        into.set(host)  # CuPy takes no numpy array in an assignment
+
+
 def _as_array(x: Any, function: str, argument: str) -> Any:
     if isinstance(x, np.ndarray):
         return x

@@ -18,8 +18,10 @@ from mpizero.reduction.operation import BLOCK
 _SQUARES = 1024
 
 
-def mean_into_shard(rows: Sequence[Any], out: Any, divisor: float, kept: Any = None) -> float:
-    """``out = sum(rows) / divisor (+ kept)``; returns the sum of the squares of ``out``.
+def mean_into_shard(
+    rows: Sequence[Any], out: Any, divisor: float, kept: Any = None, share: float = 1.0
+) -> float:
+    """``out = sum(rows) / divisor (+ share * kept)``; returns the sum of the squares of ``out``.
 
     All 1-D and equally long; ``out`` may be one of the rows. 16-bit rows are summed in float32 and
     rounded once, if ``out`` is 16 bits wide. Block by block: what is summed, divided and squared
@@ -44,8 +46,8 @@ def mean_into_shard(rows: Sequence[Any], out: Any, divisor: float, kept: Any = N
             _sum_into(total, blocks)
             _divide(total, divisor)
             if kept is not None:
-                before = kept[part]
-                np.add(total, widen(before) if is_half(before.dtype) else before, out=total)
+                before = widen(kept[part]) if is_half(kept.dtype) else kept[part]
+                np.add(total, before if share == 1.0 else before * share, out=total)
             if is_half(out.dtype):
                 narrow(total, result)
             elif not direct:

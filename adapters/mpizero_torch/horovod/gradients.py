@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from mpizero import MpizeroError, World
-from mpizero.engine import GradientReducer, ParameterSpec, Weight
+from mpizero.engine import GradientReducer, ParameterSpec, Weight, take_lane
 from mpizero_torch import tensors
-from mpizero_torch.hooks import check_dense
+from mpizero_torch.bucket_gradients import BucketGradients, layout
 from mpizero_torch.horovod.allgather import gather_rows
 from mpizero_torch.horovod.compression import Compressor
 from mpizero_torch.horovod.negotiation import Handle, stand_in
@@ -58,7 +58,9 @@ class Gradients:
         self._converts = own is getattr(Compressor.compress, "__func__", None)
         self._hooks: list[Any] = []
         self._named: list[tuple[str, nn.Parameter]] = []
-        self.name, self._world = _lane(process_set)
+        self._lane = take_lane(process_set.world)
+        self._world = self._lane.world
+        self.name = f"optimizer {self._lane.number} of set {process_set.process_set_id}"
         _living[self.name] = self
         self.watch(named)
 
@@ -157,7 +159,7 @@ class Gradients:
         if reducer is None or index not in self._position:
             return
         if not reducer.is_open:
-            reducer.open(Weight(), gradients_kept=False)
+            reducer.open(reducer.plan(Weight(), kept=False))
         reducer.ready(self._position[index])
 
     def _reduce(self, joined: bool = False) -> None:
@@ -170,15 +172,13 @@ class Gradients:
                 anywhere = reducer.shadow() or []
             else:
                 if not reducer.is_open:
-                    reducer.open(Weight(), gradients_kept=False)
+                    reducer.open(reducer.plan(Weight(), kept=False))
                     for index in self._arrivals:
                         if index in self._position:
                             reducer.ready(self._position[index])
-                anywhere = reducer.close([self._gradient(i) is not None for i in self._dense])
-            if self._generation != reducer.generation:
-                self._see_views()
+                anywhere = reducer.close()
             if not joined:
-                self._take_over(anywhere)
+                self._buckets.take_over(anywhere)
         if loose:
             self._reduce_loose(loose)
         self._came = [0] * len(self._named)
@@ -200,8 +200,11 @@ class Gradients:
         self._dense = [i for i in range(len(self._named)) if i not in self._loose]
         self._position = {index: at for at, index in enumerate(self._dense)}
         if self._dense:
+            named = [self._named[index] for index in self._dense]
+            layouts = self._world.broadcast_object([layout(each) for _, each in named])
+            self._buckets = BucketGradients(named, layouts, own=False, prescale=self._prescale)
             self._reducer = self._make_reducer()
-            self._see_views()
+            self._buckets.serve(self._reducer)
 
     def _make_reducer(self) -> GradientReducer:
         parameters = [self._named[index] for index in self._dense]
@@ -221,7 +224,7 @@ class Gradients:
             for name, each in parameters
         ]
         return GradientReducer(
-            self._world,
+            self._lane,
             specs,
             lambda count, dtype: tensors.zeros(self._world, count, dtype, device),
             stream=lambda: tensors.current_stream(device),
@@ -229,45 +232,12 @@ class Gradients:
             divisor=self._divisor,
         )
 
-    def _see_views(self) -> None:
-        assert self._reducer is not None  # only called where there is one
-        self._generation = self._reducer.generation
-        self._views = [tensors.as_tensor(self._reducer.view(at)) for at in range(len(self._dense))]
-
     @torch.no_grad()
-    def _fill(self, members: Sequence[int]) -> None:
+    def _fill(self, members: Sequence[int]) -> list[bool]:
         """Put the gradients of a bucket's parameters into it, in the dtype they travel in."""
-        views, gradients = [], []
         for at in members:
-            name, _ = self._named[self._dense[at]]
-            gradient = self._gradient(self._dense[at])
-            if gradient is None:
-                continue
-            check_dense(gradient, name)
-            if gradient is not self._views[at]:
-                views.append(self._views[at])
-                gradients.append(gradient)
-            elif self._prescale != 1.0:
-                gradient.mul_(self._prescale)
-        if views:
-            torch._foreach_copy_(views, gradients)
-            if self._prescale != 1.0:
-                torch._foreach_mul_(views, self._prescale)
-
-    @torch.no_grad()
-    def _take_over(self, anywhere: Sequence[bool]) -> None:
-        """Let ``.grad`` be the reduced gradient: the view itself, where it is of the same dtype."""
-        for index, view, used in zip(self._dense, self._views, anywhere, strict=True):
-            parameter = self._named[index][1]
-            if not used:
-                parameter.grad = None
-            elif view.dtype == parameter.dtype:
-                if parameter.grad is not view:
-                    parameter.grad = view
-            elif parameter.grad is None or parameter.grad.is_sparse:
-                parameter.grad = view.to(parameter.dtype)
-            else:
-                parameter.grad.copy_(view)
+            self._gradient(self._dense[at])  # dense from here on
+        return self._buckets.fill(members)
 
     @torch.no_grad()
     def _reduce_loose(self, loose: Sequence[int]) -> None:
@@ -332,18 +302,3 @@ def _stand_in(world: World, name: str, told: Any) -> None:
 
 
 stand_in(GRADIENTS, _stand_in)
-
-
-def _lane(process_set: ProcessSet) -> tuple[str, World]:
-    """A number for an optimizer, and a World in which its reductions have an order of their own.
-
-    In one backward pass gradients of several optimizers may come, on each rank in another order.
-    The first optimizer that there is has the set's own World. Collective.
-    """
-    world = process_set.world
-    prefix = f"optimizer of set {process_set.process_set_id}"
-    mine = {name for name in _living if name.startswith(prefix)}
-    taken = set.union(*world.gather_objects(mine))
-    number = next(n for n in range(len(taken) + 1) if f"{prefix}, {n}" not in taken)
-    name = f"{prefix}, {number}"
-    return name, world if number == 0 else world.part(f"hvd {name}", 0)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from mpizero.engine import Filling, GradientSharder
+from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
-from mpizero_torch.hooks import BackwardHooks, Owner, check_dense
+from mpizero_torch.hooks import BackwardHooks, Owner, check_dense, times
 from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 from mpizero_torch.sharding.units import UnitSchedule
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
+Left = Callable[[], Sequence[int]]
+Has = Callable[[], Sequence[bool]]
 _Target = tuple[int, slice | None, torch.Tensor]
 
 
@@ -33,26 +34,28 @@ class ShardHooks(BackwardHooks):
         self,
         owner: Owner,
         named: Sequence[tuple[str, nn.Parameter]],
-        make_sharder: Callable[[Fill, Callable[[], Sequence[int]]], GradientSharder],
+        make_sharder: Callable[[Fill, Left, Has], GradientSharder],
         hold: Callable[[int], torch.Tensor] | None,
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
-        forget_all: Callable[[], None],
         schedule: UnitSchedule | None,
     ) -> None:
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._targets: dict[tuple[int, int], list[_Target]] = {}
         self._hold, self._held = hold, dict[int, torch.Tensor]()
+        self._merge = Merge()
+        self._aside: dict[int, torch.Tensor] = {}  # what was kept in ``.grad``, apart from a pass's
+        self._unscaled: set[int] = set()  # of what is held: not yet what the merge keeps of it
+        self._without_stand_in: list[int] = []
         self._on_reduced, self._before_pass = on_reduced, before_pass
-        self._forget_all = forget_all
         self._schedule = schedule
         self._any_cut = any(slices.is_slice(p) for p in self._all)
         self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         # Gradients on their way, and the segments that they have yet to be put into.
         self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
-        super().__init__(owner, make_sharder(self._fill, self.left))
+        super().__init__(owner, make_sharder(self._fill, self.left, self._has_gradient))
 
     @property
     def sharder(self) -> GradientSharder:
@@ -93,22 +96,22 @@ class ShardHooks(BackwardHooks):
     def held_bytes(self) -> int:
         return sum(each.nbytes for each in self._held.values())
 
-    def _begin(self) -> None:
-        if not self._in_backward:
-            self._before_pass()
-            self._came.clear()
-            self._clear_stand_ins()
-        super()._begin()
+    def _announce(self, weight: float) -> None:
+        if self._pass is None:
+            self._prepare()
+        super()._announce(weight)
 
-    def _average(self) -> None:
-        super()._average()
-        for index, held in self._held.items():
-            self._all[index].grad = HeldGradient.of(self._all[index], held)
+    def _begin_unannounced(self) -> None:
+        self._prepare()
+        super()._begin_unannounced()
 
-    def average_kept(self) -> None:
+    def _prepare(self) -> None:
         self._before_pass()
         self._came.clear()
         self._clear_stand_ins()
+
+    def average_kept(self) -> None:
+        self._prepare()
         super().average_kept()
 
     def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -118,9 +121,9 @@ class ShardHooks(BackwardHooks):
         return None if values_of(parameter) is None else slices.local_gradient(parameter)
 
     def shadow(self) -> bool:
-        self._forget_all()  # what the last step of this rank's own has left
-        self._before_pass()
-        self._came.clear()
+        self._held.clear()
+        self._leaving.clear()
+        self._prepare()
         return super().shadow()
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
@@ -137,36 +140,79 @@ class ShardHooks(BackwardHooks):
                 hooks._schedule.gradient_came(index)
             announce(parameter)
             if not hooks._owner._synchronise:
-                hooks._put_aside(index)
+                hooks._hold_gradient(index)
 
         return accumulated
 
-    def _put_aside(self, index: int) -> None:
+    def _hold_gradient(self, index: int) -> None:
         """Add a gradient that stays here to those before it, in memory that is there for it."""
         if self._all[index].grad is None or self._hold is None:
             return
-        gradient = self._take(index)
-        if index in self._held:
-            self._held[index].add_(gradient)
+        gradient, held = self._take(index), self._held_until_now(index)
+        if gradient is None:
+            return
+        if held is None:
+            held = self._held[index] = self._hold(index)
+            held.copy_(gradient)
         else:
-            self._held[index] = self._hold(index)
-            self._held[index].copy_(gradient)
+            held.add_(gradient)
+
+    def _held_until_now(self, index: int) -> torch.Tensor | None:
+        """What is held of a parameter's gradient, as this pass keeps it."""
+        if index in self._unscaled:
+            self._unscaled.remove(index)
+            if self._merge.keep == 0.0:
+                del self._held[index]
+            else:
+                self._held[index].mul_(self._merge.keep)
+        return self._held.get(index)
+
+    def _put_aside(self, merge: Merge) -> None:
+        self._merge, self._unscaled = merge, set(self._held)
+        for index, parameter in enumerate(self._all):
+            if parameter.grad is not None:
+                self._aside[index] = parameter.grad
+                parameter.grad = None
+
+    def _bring_back(self) -> None:
+        for index, gradient in self._aside.items():
+            self._all[index].grad = gradient
+        for index in self._without_stand_in:
+            if self._all[index].grad is None:
+                self._all[index].grad = self._stand_ins[index]
+        self._forget_merge()
+
+    def _forget_merge(self) -> None:
+        self._merge = Merge()
+        self._aside.clear()
+        self._unscaled.clear()
+
+    def _keep(self) -> None:
+        for index in list(self._unscaled):
+            self._held_until_now(index)
+        if not self._merge.is_plain:
+            for index in [*self._aside, *range(len(self._all))]:
+                if index in self._aside or values_of(self._all[index]) is not None:
+                    self._all[index].grad = self._take(index)
+        self._forget_merge()
+        for index, held in self._held.items():
+            self._all[index].grad = HeldGradient.of(self._all[index], held)
 
     def _any_kept(self) -> bool:
-        return (
-            self._reducer.keeps
-            or bool(self._held)
-            or any(p.grad is not None and bool(p.grad.any()) for p in self._all)
-        )
+        return bool(self._held) or any(p.grad is not None and bool(p.grad.any()) for p in self._all)
 
     def _has_gradient(self) -> list[bool]:
         return [
-            index in self._came or index in self._held or values_of(parameter) is not None
+            index in self._came
+            or index in self._held
+            or index in self._aside
+            or values_of(parameter) is not None
             for index, parameter in enumerate(self._all)
         ]
 
     def _take_over(self, anywhere: list[bool]) -> None:
         self._held.clear()
+        self._forget_merge()
         self._on_reduced(anywhere)
         for parameter, stand_in, used in zip(self._all, self._stand_ins, anywhere, strict=True):
             if used:
@@ -174,9 +220,11 @@ class ShardHooks(BackwardHooks):
 
     def _clear_stand_ins(self) -> None:
         """Autograd is about to add gradients to what is there."""
-        for parameter in self._all:
+        self._without_stand_in = []
+        for index, parameter in enumerate(self._all):
             if isinstance(parameter.grad, ShardedGradient):
                 parameter.grad = None
+                self._without_stand_in.append(index)
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
         """Copy the gradients of a segment's parameters to it, all in one call.
@@ -192,6 +240,7 @@ class ShardHooks(BackwardHooks):
             parameter = self._all[index]
             gradient = parameter.grad
             is_simple = elements is None and not self._held and index not in self._leaving
+            is_simple = is_simple and self._merge.is_plain
             if is_simple and gradient is not None:
                 if gradient.is_sparse or gradient.requires_grad:
                     check_dense(gradient, self._names[index])
@@ -213,22 +262,30 @@ class ShardHooks(BackwardHooks):
             torch._foreach_copy_(memory, gradients)
         return missing
 
-    def _take(self, index: int) -> Any:
-        """Take a parameter's gradient from it: this rank's part, where it is cut up."""
+    def _take(self, index: int) -> torch.Tensor | None:
+        """Take a parameter's gradient from it: this rank's part, as the pass adds it to others."""
         parameter = self._all[index]
-        gradient = parameter.grad
+        found = times(self._local_gradient(index), self._merge.new)
+        parameter.grad = self._aside.pop(index, None)
+        kept = times(self._local_gradient(index), self._merge.keep)
+        parameter.grad = None
+        if found is not None and kept is not None:
+            return found + kept
+        return kept if found is None else found
+
+    def _local_gradient(self, index: int) -> torch.Tensor | None:
+        gradient = self._all[index].grad
         if gradient is not None and (gradient.is_sparse or gradient.requires_grad):
             check_dense(gradient, self._names[index])
-        found = slices.local_gradient(parameter)
-        parameter.grad = None
-        return found
+        return slices.local_gradient(self._all[index])
 
     def _leave(self, index: int, segment: int) -> torch.Tensor | None:
         """A gradient of several segments, or one put aside: taken once, kept until all have it."""
         if index not in self._leaving:
-            held = self._held.pop(index, None)
-            if self._all[index].grad is not None:
-                gradient = self._take(index)
+            held = self._held_until_now(index)
+            self._held.pop(index, None)
+            gradient = self._take(index)
+            if gradient is not None:
                 held = gradient if held is None else held.add_(gradient)
             if held is None:
                 return None

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from mpizero import ArgumentError
-from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
-from mpizero_torch import batch_weight, slices
+from mpizero import ArgumentError, World
+from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
+from mpizero_torch import slices
 from mpizero_torch.replicate import Buffers
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -39,6 +39,8 @@ class ShardedModule(DistributedModule):
         module: nn.Module,
         optimizer: ShardedOptimizer,
         groups: Sequence[Sequence[int]],
+        world: World,
+        lane: Lane,
         group: ShardGroup,
         sharding: Sharding,
         *,
@@ -47,7 +49,9 @@ class ShardedModule(DistributedModule):
         aside: StateOnDisk | None,
         initialise: Initialise | None,
     ) -> None:
-        super().__init__(module, group.world)
+        super().__init__(module, world)
+        self._lane = lane
+        self._in_join = False
         self._named = list(module.named_parameters())
         initialiser = Initialiser(module, [p for _, p in self._named], self.world, initialise)
         self._optimizer, self._sharding = [optimizer], sharding
@@ -65,6 +69,7 @@ class ShardedModule(DistributedModule):
         self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
         self._versions = self._current_versions()
         self._changes_when_summed: list[int] = []
+        self._were_trainable: list[bool] = []
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
 
@@ -109,8 +114,17 @@ class ShardedModule(DistributedModule):
         if optimizer is not self.optimizer:
             given = "nothing" if optimizer is None else "another optimizer"
             raise ArgumentError("join()", "optimizer", given, "the one that mz.zero() gave back")
-        with super().join(optimizer):
+        if self.world.size == 1:
             yield
+            return
+        self._in_join = True
+        try:
+            yield
+            while self._hooks.shadow() or self._shadow_update():
+                pass
+        finally:
+            self._in_join = False
+        self._forget_gradients()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as the optimizer's does."""
@@ -184,8 +198,28 @@ class ShardedModule(DistributedModule):
             return None
         return slices.wrap(whole, self._named[index][1])
 
+    def _shadow_update(self) -> bool:
+        """Take part in the others' update, if they have announced one."""
+        if not self.sharder.told.updates:
+            return False
+        self._update_together(None)
+        self._in_join = False  # the update itself is not announced once more
+        self.optimizer.step()
+        self._in_join = True
+        return True
+
+    def _update_together(self, mine: list[dict[str, Any]] | None) -> None:
+        """Go by the settings (learning rates, ...) of the ranks that have them from their loop."""
+        every = self._lane.world.gather_objects(mine)
+        theirs = next(settings for settings in every if settings is not None)
+        for group, settings in zip(self.optimizer.param_groups, theirs, strict=True):
+            group.update(settings)
+
     def before_update(self) -> None:
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
+        if self._in_join:
+            self.sharder.announce_update()
+            self._update_together([_settings(group) for group in self.optimizer.param_groups])
         if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
             raise no_gradients("optimizer.step()")
         if self._schedule is not None:
@@ -268,8 +302,6 @@ class ShardedModule(DistributedModule):
                 ],
                 announcing,
             )
-        if self._stated is not None or batch_weight.current().value != 1.0:
-            self._hooks.scale_gradients()
 
     def _find_units(self) -> tuple[list[Unit], list[int]]:
         """What is gathered together, where parameters are sharded; and each parameter's unit."""
@@ -284,11 +316,12 @@ class ShardedModule(DistributedModule):
         return ShardHooks(
             self,
             self._named,
-            lambda fill, left: self._state.make_sharder(fill, left, self._unscale),
+            lambda fill, left, has: self._state.make_sharder(
+                self._lane, fill, left, has, self._unscale
+            ),
             hold=self._memory_to_hold(),
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,
-            forget_all=self._forget_gradients,
             schedule=self._schedule,
         )
 
@@ -359,6 +392,10 @@ class ShardedModule(DistributedModule):
                 "Initialise before mz.zero(), write inside `with mz.gathered(model):`, or give "
                 "every rank a copy with share_parameters=False.",
             )  # fmt: skip
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _changes(gradients: Sequence[torch.Tensor]) -> list[int]:

@@ -16,6 +16,7 @@ from mpizero.engine import (
     SHARDED,
     Filling,
     GradientSharder,
+    Lane,
     ParameterMemory,
     ParameterSpec,
     ShardGroup,
@@ -114,13 +115,16 @@ class ShardedState:
 
     def make_sharder(
         self,
+        lane: Lane,
         fill: Fill,
         left: Callable[[], Sequence[int]],
+        has: Callable[[], Sequence[bool]],
         unscale: Callable[[], float],
     ) -> GradientSharder:
         """Memory for the gradients of the parameters in groups, and their reduction."""
         trained = self.trained
         return GradientSharder(
+            lane,
             self.group,
             self.specs(),
             [own.space for own in trained],
@@ -130,6 +134,7 @@ class ShardedState:
             stream=lambda: tensors.current_stream(self.device),
             fill=fill,
             left=left,
+            has=has,
             unscale=unscale,
         )
 

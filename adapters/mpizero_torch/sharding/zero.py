@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup
+from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, take_lane
 from mpizero_torch import slices
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
@@ -101,7 +101,8 @@ def zero(
     are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
     partition = choose_partition(optimizer, partition, are_cut)
     _agree(world, named, list(model.named_buffers()), groups, partition, stage)
-    group = ShardGroup(world, shard_group)
+    lane = take_lane(world)
+    group = ShardGroup(lane.world, shard_group)
     sharding = Sharding(
         stage,
         partition,
@@ -126,6 +127,8 @@ def zero(
         model,
         sharded,
         groups,
+        world,
+        lane,
         group,
         sharding,
         broadcast_buffers=broadcast_buffers,

@@ -1,0 +1,82 @@
+"""Runs of torch's autograd engine: when one ends, and whether it computes all that it could.
+
+``backward()`` and ``autograd.grad()`` are runs alike; a reentrant checkpoint starts one within
+another. What has begun in a run is finished when it ends, in an order that all ranks share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# By the number of a run that is under way: who wants to know of its end.
+_waiting: dict[int, list[tuple[int, Callable[[], None]]]] = {}
+
+
+def current_run() -> int:
+    """The number of the run under way in this thread; -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def at_end(order: int, finish: Callable[[], None]) -> int:
+    """Call ``finish()`` when the run under way ends well; return the run's number.
+
+    All that wait for one run are called in their ``order``: gradients may reach several models in
+    another order on each rank, but what they send at the end must match.
+    """
+    run = current_run()
+    if run not in _waiting:
+        _waiting[run] = []
+        # The engine's own way to run something at the end; torch's DDP uses it too.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _finish(run))
+    _waiting[run].append((order, finish))
+    return run
+
+
+def forget(run: int) -> None:
+    """The run has ended with an exception."""
+    _waiting.pop(run, None)
+
+
+def _finish(run: int) -> None:
+    for _, finish in sorted(_waiting.pop(run, []), key=lambda each: each[0]):
+        finish()
+
+
+def computes_everything(node: Any) -> bool:
+    """Does the run under way compute all gradients behind ``node``, as a plain backward() does?
+
+    ``autograd.grad(loss, x)`` and ``backward(inputs=[x])`` leave out what ``x`` does not need.
+    """
+    seen, ahead = {node}, [node]
+    while ahead:
+        for following, _ in ahead.pop().next_functions:
+            if following is None or following in seen:
+                continue
+            try:
+                if not torch._C._will_engine_execute_node(following):
+                    return False
+            except RuntimeError:  # a tensor that autograd.grad() was asked for
+                return False
+            seen.add(following)
+            ahead.append(following)
+    return True
+
+
+def is_nested() -> bool:
+    """Has the run under way been started by a node of another one (a reentrant checkpoint)?"""
+    frame = sys._getframe()
+    inside = False
+    while frame.f_back is not None:
+        frame = frame.f_back
+        where, name = frame.f_code.co_filename, frame.f_code.co_name
+        if name == "_engine_run_backward" and where.endswith("graph.py"):
+            if inside:
+                return True
+            inside = True
+        elif inside and name == "apply" and where.endswith("function.py"):
+            return True  # a Function's backward, perhaps on a thread of its own
+    return False
