@@ -237,7 +237,8 @@ class BucketGradients:
         """The view that is given away: another object if that one has got other memory since."""
         alias, view = self._aliases[index], self._views[index]
         local = slices.local(alias) if self._any_cut else alias
-        if local.data_ptr() != self._pointers[index] or local.stride() != self._strides[index] or local.dtype != view.dtype or local.shape != view.shape:
+        same = local.data_ptr() == self._pointers[index] and local.shape == view.shape
+        if not (same and local.stride() == self._strides[index] and local.dtype == view.dtype):
             alias = self._aliases[index] = self._alias(index)
         return alias
 
