@@ -84,8 +84,9 @@ class DistributedDataParallel(DistributedModule):
             "parameters and buffers",
         )
         start_alike([t for _, t in [*self._named, *named_buffers]], self.world)
-        self._buffers_in_sync = Buffers(module, ignored) if broadcast_buffers else None
         self._structure = Structure(module)
+        if broadcast_buffers:
+            self._buffers_in_sync = Buffers(self._structure, ignored)
         self._watch_parameters()
 
     @property
@@ -100,7 +101,7 @@ class DistributedDataParallel(DistributedModule):
             if self.world.size == 1 and self._stated is None and not self.tied.names:
                 return
             self._hooks = self._make_hooks()
-        elif self._structure.changed():
+        elif self._structure.has_other_parameters():
             self._refuse_new_parameters()
         for name, parameter in self._named:
             if vars(parameter) and "_in_backward_optimizers" in vars(parameter):

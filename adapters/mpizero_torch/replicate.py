@@ -99,20 +99,25 @@ class Structure:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._look()
+        self._held_then = self._held()
 
-    def changed(self) -> bool:
-        """Has something been replaced since the last time?"""
-        if self._children == self._children_then and self._held() == self._held_then:
-            return False
-        self._look()
-        return True
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """The module and all parts of it, with their names."""
+        if self._children != self._children_then:
+            self._look()
+        return self._parts
+
+    def has_other_parameters(self) -> bool:
+        """Has a parameter come, gone or been replaced since the last time?"""
+        self.parts()
+        before, self._held_then = self._held_then, self._held()
+        return before != self._held_then
 
     def _look(self) -> None:
-        self.parts = list(self._module.named_modules())
-        self._children = [part._modules for _, part in self.parts]
+        self._parts = list(self._module.named_modules())
+        self._children = [part._modules for _, part in self._parts]
         self._children_then = [dict(children) for children in self._children]
-        self._parameters = [part._parameters for _, part in self.parts if part._parameters]
-        self._held_then = self._held()
+        self._parameters = [part._parameters for _, part in self._parts]
 
     def _held(self) -> list[int]:
         return [id(each) for held in self._parameters for each in held.values()]
@@ -127,8 +132,8 @@ class Buffers:
     the host would have to wait for, they are taken to have changed.
     """
 
-    def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
-        self._structure = Structure(module)
+    def __init__(self, structure: Structure, ignored: Collection[str]) -> None:
+        self._structure = structure
         self._ignored = set(ignored)
         self._take_note()
 
@@ -160,9 +165,8 @@ class Buffers:
         self._copies = [b.detach().clone() for b in buffers if b.device.type == "cpu"]
 
     def _buffers(self) -> list[torch.Tensor]:
-        self._structure.changed()
         found: dict[int, torch.Tensor] = {}
-        for module, part in self._structure.parts:
+        for module, part in self._structure.parts():
             for name, buffer in part._buffers.items():
                 if (
                     buffer is not None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import slices
-from mpizero_torch.replicate import Buffers
+from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
@@ -66,7 +66,7 @@ class ShardedModule(DistributedModule):
             self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
         self._hooks = self._make_hooks()
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
-        self._buffers_in_sync = Buffers(module, ()) if broadcast_buffers else None
+        self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
         self._versions = self._current_versions()
         self._changes_when_summed: list[int] = []
         self._were_trainable: list[bool] = []
