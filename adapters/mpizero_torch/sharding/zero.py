@@ -184,7 +184,7 @@ def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
     if share and not group.one_memory:
         raise ArgumentError(
             "zero()", "share_parameters", "True", "None or False here",
-            "Only ranks of one node, on CPUs, can share memory.",
+            "Only ranks of one node, on CPUs, can share memory, and all groups of them must.",
         )  # fmt: skip
     if share:
         return COMMON
