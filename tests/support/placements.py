@@ -40,13 +40,13 @@ _NAMES = {
     1: ["A"],
     2: ["AA", "AB"],
     3: ["AAA", "AAB", "ABA", "ABB", "ABC"],
-    # In blocks, in turn, mirrored, uneven with the odd one last, second, first; in the middle.
-    4: ["AAAA", "AABB", "ABAB", "ABBA", "AAAB", "ABAA", "ABBB", "ABBC", "ABCD"],
+    # In blocks, in turn, mirrored, uneven with the odd one last and second; three, and four nodes.
+    4: ["AAAA", "AABB", "ABAB", "ABBA", "AAAB", "ABAA", "ABBC", "ABCD"],
 }
 _NUMBERED_ANEW = {
     2: [("AB", (1, 0))],
     3: [("AAB", (2, 0, 1)), ("ABB", (1, 0, 2))],
-    4: [("AABB", (0, 2, 3, 1)), ("ABAB", (3, 0, 1, 2)), ("AAAB", (1, 3, 2, 0))],
+    4: [("AABB", (0, 2, 3, 1)), ("AAAB", (3, 0, 1, 2))],
 }
 
 
