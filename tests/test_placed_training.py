@@ -106,6 +106,7 @@ def can_share(placement: Placement, shard_group: str | int) -> bool:
     """Are there groups of ranks of one node each?"""
     names = placement.node_of
     if isinstance(shard_group, int):
+        names.sort(key=names.copy().index)  # node by node
         starts = range(0, len(names), shard_group)
         return all(len({*names[start : start + shard_group]}) == 1 for start in starts)
     return len({names.count(name) for name in names}) == 1

@@ -26,8 +26,8 @@ class ShardGroup:
     """The ranks among which ``world`` shards. Collective.
 
     ``shard_group``: "world" (all ranks hold one part each), "node" (each node holds the whole
-    state, its ranks a part each), or a number k (each k consecutive ranks do). Raises ArgumentError
-    for a k that does not divide the ranks.
+    state, its ranks a part each), or a number k (each k ranks do, counted node by node). Raises
+    ArgumentError for a k that does not divide the ranks.
     """
 
     def __init__(self, world: World, shard_group: str | int = "world") -> None:
@@ -45,7 +45,10 @@ class ShardGroup:
             if shard_group == world.size:
                 self.inner = world
             else:
-                self.inner = world.part(f"groups of {shard_group}", world.rank // shard_group)
+                # Ranks of a node next to each other, whatever the launcher's order.
+                order = [rank for ranks in world.nodes for rank in ranks]
+                number = order.index(world.rank) // shard_group
+                self.inner = world.part(f"groups of {shard_group}", number)
         else:
             raise ArgumentError(
                 "zero()",
