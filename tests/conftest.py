@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from mpi4py import MPI
+
+from mpizero import World
+from support.placements import Placement, placed_in_all_ways
 
 pytest_plugins = ["support.ranks"]
 
@@ -23,6 +27,13 @@ settings.register_profile(
 )
 settings.register_profile("alone", derandomize=True, database=None, deadline=None)
 settings.load_profile("ranks" if MPI.COMM_WORLD.size > 1 else "alone")
+
+
+@pytest.fixture(scope="module")
+def placed_worlds() -> Iterator[list[tuple[Placement, World]]]:
+    """A World for every way in which ranks may lie on nodes: one is drawn for each example."""
+    with placed_in_all_ways() as worlds:
+        yield worlds
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -23,6 +23,7 @@ from mpizero import ArgumentError, CheckpointError, World, checkpoint
 from mpizero.checkpoint import files, mpi_io, progress, tree
 from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
+from support.placements import SEVERAL_NODES, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 once = pytest.mark.once
@@ -253,6 +254,35 @@ def test_few_write_at_a_time(folder: Path, writers: int, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(found.read("state", "large"), values()["large"])
     with pytest.raises(ArgumentError, match="writers_per_node"):
         checkpoint.Save(folder / "d", world, [part], {}, writers_per_node=0)
+
+
+@pytest.mark.parallel([3, 4])
+@pytest.mark.parametrize("placement", SEVERAL_NODES, ids=str)
+def test_few_of_each_node_write_at_a_time(
+    folder: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes may have several turns, and others one: all wait for the same ones."""
+    node = placement.node_of
+    with placed(placement) as world:
+        part = checkpoint.shared_part("state", {"large": values()["large"]}, world)
+        job = checkpoint.Save(folder / "c", world, [part], {}, writers_per_node=1)
+        at_work = folder / f"at work on {node[world.rank]}"
+        at_work.mkdir(exist_ok=True)
+        write_own, most = job.write_own, 0
+
+        def watched() -> None:
+            nonlocal most
+            (at_work / str(world.rank)).touch()
+            time.sleep(0.02)
+            most = len(list(at_work.iterdir()))
+            write_own()
+            (at_work / str(world.rank)).unlink()
+
+        monkeypatch.setattr(job, "write_own", watched)
+        checkpoint.carry_out(job, world, False)
+        assert most == 1
+        with checkpoint.Checkpoint(folder / "c", world) as found:
+            np.testing.assert_array_equal(found.read("state", "large"), values()["large"])
 
 
 @ranks

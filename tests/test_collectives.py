@@ -21,12 +21,15 @@ from mpizero.collectives.native import Native
 from mpizero.collectives.ring import Ring
 from mpizero.reduction import operation
 from support.cases import DTYPES, assert_close, reductions, shapes, values
+from support.placements import Placement
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 several_ranks = pytest.mark.parallel([2, 3, 4])
 ALGORITHMS = ("auto", "native", "ring", "halving_doubling", "node_shared")
 LAYOUTS = ("contiguous", "strided", "fortran", "reversed")
-algorithm_names = st.sampled_from(ALGORITHMS)
+algorithm_names = st.sampled_from((*ALGORITHMS, "hierarchical"))
+places = st.integers(0, 59)  # which of the placements: a multiple of how many there are
+Places = list[tuple[Placement, World]]
 
 
 def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
@@ -38,18 +41,23 @@ def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "fortran" and array.ndim:
         return np.array(array, order="F")
     if layout == "reversed" and array.ndim:
-        return np.ascontiguousarray(array[::-1])[::-1]
+        return array[::-1].copy()[::-1]
     return array.copy()
 
 
-def agreed(world: World, check: Any) -> None:
+def agreed(placement: Placement, check: Any) -> None:
     """Run ``check`` on every rank; fail on all if it fails on one, so that none goes on alone."""
     problem = ""
     try:
         check()
     except AssertionError as error:
-        problem = str(error) or "assertion failed"
+        problem = f"{placement}: {str(error) or 'assertion failed'}"
     parallel_assert(not problem, problem)
+
+
+def offered(world: World, algorithm: str, collective: str) -> str:
+    """The algorithm, where there is that for such nodes; else "auto"."""
+    return algorithm if algorithm in world.algorithms(collective) else "auto"
 
 
 @ranks
@@ -61,8 +69,11 @@ def agreed(world: World, check: Any) -> None:
     layout=st.sampled_from(LAYOUTS),
     out=st.booleans(),
     asynchronous=st.booleans(),
+    place=places,
 )
 def test_allreduce(
+    placed_worlds: Places,
+    place: int,
     reduction: tuple[str, np.dtype],
     shape: tuple[int, ...],
     algorithm: str,
@@ -70,7 +81,8 @@ def test_allreduce(
     out: bool,
     asynchronous: bool,
 ) -> None:
-    world = mpizero.init()
+    placement, world = placed_worlds[place % len(placed_worlds)]
+    algorithm = offered(world, algorithm, "all_reduce")
     op, dtype = reduction
     everyone = [values(r, shape, dtype, 5) for r in range(world.size)]
     x = laid_out(everyone[world.rank], layout)
@@ -85,7 +97,7 @@ def test_allreduce(
         if out:
             assert x.tobytes() == everyone[world.rank].tobytes()
 
-    agreed(world, check)
+    agreed(placement, check)
 
 
 @ranks
@@ -98,8 +110,11 @@ def test_allreduce(
     layout=st.sampled_from(LAYOUTS),
     out=st.booleans(),
     asynchronous=st.booleans(),
+    place=places,
 )
 def test_scatter_gather_exchange(
+    placed_worlds: Places,
+    place: int,
     reduction: tuple[str, np.dtype],
     rows: int,
     tail: list[int],
@@ -108,20 +123,22 @@ def test_scatter_gather_exchange(
     out: bool,
     asynchronous: bool,
 ) -> None:
-    world = mpizero.init()
+    placement, world = placed_worlds[place % len(placed_worlds)]
     op, dtype = reduction
     size, rank = world.size, world.rank
     everyone = [values(r, (size * rows, *tail), dtype, 6) for r in range(size)]
     mine = slice(rank * rows, (rank + 1) * rows)
     x, block = laid_out(everyone[rank], layout), laid_out(everyone[rank][mine], layout)
-    options: dict[str, Any] = {"algorithm": algorithm, "asynchronous": asynchronous}
-    swap = algorithm if algorithm != "halving_doubling" else "auto"
+    scatter, gather, swap = (
+        {"algorithm": offered(world, algorithm, each), "asynchronous": asynchronous}
+        for each in ("reduce_scatter", "all_gather", "all_to_all")
+    )
     lengths = (rows, size * rows, size * rows)
     outs = [laid_out(np.zeros((n, *tail), dtype), layout) if out else None for n in lengths]
     results = [
-        world.reduce_scatter(x, op, out=outs[0], **options),
-        world.allgather(block, out=outs[1], **options),
-        world.all_to_all(x, out=outs[2], **(options | {"algorithm": swap})),
+        world.reduce_scatter(x, op, out=outs[0], **scatter),
+        world.allgather(block, out=outs[1], **gather),
+        world.all_to_all(x, out=outs[2], **swap),
     ]
     if asynchronous:
         results = [handle.wait() for handle in results]
@@ -135,19 +152,30 @@ def test_scatter_gather_exchange(
         np.testing.assert_array_equal(exchanged, np.concatenate([e[mine] for e in everyone]))
         assert x.tobytes() == everyone[rank].tobytes()
 
-    agreed(world, check)
+    agreed(placement, check)
 
 
 @ranks
 @settings(max_examples=60)
-@given(dtype=st.sampled_from(DTYPES), shape=shapes, algorithm=algorithm_names, data=st.data())
-def test_broadcast(dtype: Any, shape: tuple[int, ...], algorithm: str, data: st.DataObject) -> None:
-    world = mpizero.init()
+@given(
+    dtype=st.sampled_from(DTYPES), shape=shapes, algorithm=algorithm_names, data=st.data(),
+    place=places,
+)  # fmt: skip
+def test_broadcast(
+    placed_worlds: Places,
+    place: int,
+    dtype: Any,
+    shape: tuple[int, ...],
+    algorithm: str,
+    data: st.DataObject,
+) -> None:
+    placement, world = placed_worlds[place % len(placed_worlds)]
+    algorithm = offered(world, algorithm, "broadcast")
     root = data.draw(st.integers(0, world.size - 1))
     x = laid_out(values(world.rank, shape, dtype, 3), data.draw(st.sampled_from(LAYOUTS)))
     assert world.broadcast(x, root, algorithm=algorithm) is x
     expected = values(root, shape, dtype, 3)
-    agreed(world, lambda: np.testing.assert_array_equal(x, expected))
+    agreed(placement, lambda: np.testing.assert_array_equal(x, expected))
 
 
 @ranks

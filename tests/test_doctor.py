@@ -159,8 +159,12 @@ CONDITIONS = {
     ),
     "containers that share nothing": (with_mpi(nodes=8), "hosts", "look", "8 groups", "--ipc=host"),
     "emulated nodes": (
-        with_ranks(variables={"MPIZERO_RANKS_PER_NODE": "1"}), "hosts", "look", "taken for",
-        "Unset",
+        with_ranks(variables={"MPIZERO_RANKS_PER_NODE": "1"}), "hosts", "look",
+        "taken for .* nodes: MPIZERO_RANKS_PER_NODE=1", "Unset MPIZERO_RANKS_PER_NODE",
+    ),
+    "emulated nodes by name": (
+        with_ranks(variables={"MPIZERO_NODES": "0,1,1,0"}), "hosts", "look",
+        "taken for .* nodes: MPIZERO_NODES=0,1,1,0", "Unset MPIZERO_NODES",
     ),
     "another mpizero": (
         with_ranks(hosts="node1", versions={**VERSIONS, "mpizero": "0.2.0"}),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from elastic_campaign import (
@@ -26,8 +27,11 @@ from elastic_campaign import (
     start,
 )
 from mpizero import LaunchError, RankDiedError
+from mpizero.checkpoint import Part, Piece, TensorSpec
+from mpizero.elastic.store import Store, data_start
 from mpizero.world.survival import refuse_without_ulfm
 from support.launch import find_mpirun, is_openmpi, mpirun
+from support.placements import HERE, Placement, placed
 
 CAMPAIGN_RUNS = 2
 
@@ -112,6 +116,98 @@ def test_a_node_without_copies_takes_its_part_along(
 def test_a_short_campaign(number: int, tmp_path: Path) -> None:
     life = judge(draw(number, seed=1), tmp_path)
     assert life.done
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("redundancy", [0, 1])
+@pytest.mark.parametrize("placement", HERE, ids=str)
+def test_commits_are_on_the_node_and_on_another(placement: Placement, redundancy: int) -> None:
+    names = placement.node_of
+    with placed(placement) as world:
+        store = Store(world, 1, redundancy)
+        for number in (1, 2, 3):
+            specs = [TensorSpec("x", np.dtype(np.int64), (world.size * 100,))]
+            own = np.arange(100) + 1000 * world.rank + number
+            part = Part("all", specs, [Piece("x", 100 * world.rank, own)])
+            store.commit([part], {"number": number})
+            found: dict[int, list[int]] = {}  # ranks by commit
+            for (_, commit), rank, slot in store.found():
+                (piece,) = slot.index().pieces
+                assert piece[:4] == ("all", "x", 100 * rank, 100)
+                start = data_start(int(slot.memory[:64].view(np.int64)[1])) + piece[4]
+                values = slot.memory[start : start + 800].view(np.int64)
+                assert (values == np.arange(100) + 1000 * rank + commit).all()
+                found.setdefault(commit, []).append(rank)
+            everyones = world.gather_objects(found)
+            mine = [rank for rank in range(world.size) if names[rank] == names[world.rank]]
+            for commit in {number, max(1, number - 1)}:
+                assert set(mine) <= set(found[commit])
+                readers = [
+                    {names[reader] for reader, its in enumerate(everyones) if rank in its[commit]}
+                    for rank in range(world.size)
+                ]
+                wanted = 1 + (redundancy and len({*names}) > 1)
+                assert [len(nodes) for nodes in readers] == [wanted] * world.size
+            world.barrier()  # before anybody writes to these slots again
+
+
+LOST_NODE = """
+import os
+import numpy as np
+import mpizero
+from mpizero.checkpoint import Part, Piece, TensorSpec
+from mpizero.elastic import Keeper, elastic
+
+COUNT = 1200
+world = mpizero.init(elastic=True)
+me, nodes = world.rank, world.nodes
+
+class State:
+    keeper, step = Keeper(redundancy=1), 0
+
+    def begin(self, world):
+        self.world, each = world, COUNT // world.size
+        own = slice(each * world.rank, each * (world.rank + 1))
+        self.start, self.own = own.start, np.arange(own.start, own.stop)
+        found = self.keeper.begin(world, lambda part, name: True)
+        if found is not None:
+            found.borrow("all", "x", own)
+            found.fetch(world)
+            self.own, self.step = found.borrow("all", "x", own), found.values["step"]
+
+    def leave(self):
+        pass
+
+    def commit(self):
+        specs = [TensorSpec("x", np.dtype(np.int64), (COUNT,))]
+        parts = [Part("all", specs, [Piece("x", self.start, self.own)])]
+        self.keeper.commit(parts, {"step": self.step})
+
+@elastic
+def train(state):
+    while state.step < 6:
+        if state.step == 3 and me in (1, 2):
+            os.kill(os.getpid(), 9)
+        state.own = state.own * 2 + int(state.world.allreduce(1.0, "mean"))
+        state.step += 1
+        state.commit()
+    return state.world.allgather(state.own)
+
+found = train(State())
+expected = np.arange(COUNT)
+for _ in range(6):
+    expected = expected * 2 + 1
+assert (found == expected).all()
+print(f"rank {me}: {nodes} then {mpizero.init().nodes}", flush=True)
+"""
+
+
+@needs_ulfm
+def test_a_node_is_lost_whose_ranks_stand_between_those_of_the_other() -> None:
+    result = mpirun(4, LOST_NODE, env={"MPIZERO_NODES": "A,B,B,A"}, mpi_args=ULFM)
+    for rank in (0, 3):
+        told = f"rank {rank}: ((0, 3), (1, 2)) then ((0, 1),)"
+        assert told in result.stdout, result.stderr
 
 
 USER_ERROR = """

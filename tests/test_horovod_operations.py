@@ -11,6 +11,7 @@ import torch
 
 import mpizero_torch as mz
 import mpizero_torch.horovod as hvd
+from support.placements import HERE, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 several_ranks = pytest.mark.parallel([2, 3, 4])
@@ -57,6 +58,28 @@ def test_where_a_rank_is() -> None:
     assert not hvd.is_initialized()
     with pytest.raises(mz.LaunchError, match=r"hvd\.init"):
         hvd.rank()
+
+
+@several_ranks
+@pytest.mark.parametrize("placement", HERE, ids=str)
+def test_where_a_rank_is_among_those_of_other_nodes(placement: Placement) -> None:
+    """As Horovod counts: the ranks with the same local rank are numbered in their order."""
+    names = placement.node_of
+    locals_ = [names[:rank].count(name) for rank, name in enumerate(names)]
+    hvd.shutdown()
+    with placed(placement) as world:
+        own = world.comm.Dup()
+        hvd.init(own)
+        rank = hvd.rank()
+        alike = [other for other in range(hvd.size()) if locals_[other] == locals_[rank]]
+        assert (rank, hvd.local_rank()) == (world.rank, locals_[rank])
+        assert hvd.local_size() == names.count(names[rank])
+        assert (hvd.cross_rank(), hvd.cross_size()) == (alike.index(rank), len(alike))
+        assert hvd.is_homogeneous() == (len({names.count(name) for name in names}) == 1)
+        assert hvd.allreduce(torch.tensor(1.0), op=hvd.Sum) == hvd.size()
+        hvd.shutdown()
+        mz.init(own).close()
+        own.Free()
 
 
 @ranks

@@ -10,6 +10,7 @@ from torch import nn
 
 import mpizero_torch as mz
 from support.launch import mpirun
+from support.placements import Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 FLOAT32 = {1: (4, 4, 8), 2: (4, 0, 12), 3: (0, 0, 16)}  # whole parameters, whole gradients, sharded
@@ -50,6 +51,24 @@ def test_bytes_are_those_of_the_formula(stage: int, precision: str | None, share
     assert "the formula" in str(report) and all(
         other == str(report) for other in world.gather_objects(str(report))
     )
+
+
+@pytest.mark.parallel([4])
+@pytest.mark.parametrize("names", ["AAAA", "AABB", "ABBA", "ABCD"])
+def test_shared_parameters_are_there_once_for_each_group_that_shares_them(names: str) -> None:
+    with placed(Placement(names, (0, 1, 2, 3))) as world:
+        in_node = names.count(names[0])
+        groups = {"node": in_node, 1: 1, **({2: 2} if in_node > 1 else {})}
+        for shard_group, sharers in groups.items():
+            model, optimizer = trained(
+                2, stage=1, shard_group=shard_group, share_parameters=True, world=world
+            )
+            report = mz.memory_report(model, optimizer)
+            whole = 4 * report.elements
+            assert report.rank.parameters == pytest.approx(whole / sharers, rel=0.02)
+            assert report.node.parameters == pytest.approx(whole * in_node / sharers, rel=0.02)
+            held = report.rank.total - report.rank.buffers
+            assert held == pytest.approx(report.formula, rel=0.02)
 
 
 @ranks

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
 
 import pytest
 
 import mpizero
 from mpizero.api.mesh import AXES
+from support.placements import HERE, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 SHAPES = [
@@ -57,23 +57,23 @@ def test_the_axes_are_worlds_of_those_who_differ_along_them_alone() -> None:
 
 
 @pytest.mark.parallel([4])
-def test_fast_axes_are_inside_nodes_whatever_the_order_of_ranks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two nodes of two ranks, dealt out one by one: ranks 0 and 2 share a node, and 1 and 3."""
-    monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", "2")
-    whole = mpizero.init()
-    world = whole.split(0, [0, 2, 1, 3][whole.rank])
-    assert world is not None
-    monkeypatch.setattr(world, "node_index", world.rank % 2)
-    monkeypatch.setattr(world, "local_rank", world.rank // 2)
-    mesh = mpizero.mesh(dp=2, tp=2, world=world)
-    assert mesh.ranks.reshape(-1).tolist() == [0, 2, 1, 3]
-    assert mesh.tp.gather_objects(world.rank) == [[0, 2], [1, 3]][world.rank % 2]
-    assert mesh.is_within_nodes("tp") and not mesh.is_within_nodes("dp")
-    assert "tensor within a node" in repr(mesh) and "data across nodes" in repr(mesh)
-    mesh.close()
-    world.close()
+@pytest.mark.parametrize("placement", HERE, ids=str)
+def test_fast_axes_are_inside_nodes_whatever_the_order_of_ranks(placement: Placement) -> None:
+    names = placement.node_of
+    with placed(placement) as world:
+        mesh = mpizero.mesh(dp=2, tp=2, world=world)
+        flat = mesh.ranks.reshape(-1).tolist()
+        assert flat == sorted(range(4), key=lambda rank: (names.index(names[rank]), rank))
+        lines = {"tp": [flat[:2], flat[2:]], "dp": [flat[::2], flat[1::2]]}
+        for axis, ranks_of in lines.items():
+            within = all(len({names[rank] for rank in line}) == 1 for line in ranks_of)
+            assert mesh.is_within_nodes(axis) == within
+            mine = next(line for line in ranks_of if world.rank in line)
+            assert mesh[axis].gather_objects(world.rank) == mine
+            assert mesh[axis].node_count == len({names[rank] for rank in mine})
+        if sorted(names) == ["A", "A", "B", "B"]:
+            assert "tensor within a node" in repr(mesh) and "data across nodes" in repr(mesh)
+        mesh.close()
 
 
 @ranks
@@ -115,7 +115,6 @@ def test_sizes_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_place_has_one_rank() -> None:
     from mpizero.api.mesh import _grid
 
-    nodes = [(node, local) for local, node in product(range(4), range(2))]
-    grid = _grid(nodes, (1, 2, 2, 2))
+    grid = _grid([(0, 3, 4, 7), (1, 2, 5, 6)], (1, 2, 2, 2))
     assert sorted(grid.reshape(-1).tolist()) == list(range(8))
-    assert {nodes[rank][0] for rank in grid[0, 0].reshape(-1)} == {0}
+    assert {*grid[0, 0].reshape(-1).tolist()} == {0, 3, 4, 7}

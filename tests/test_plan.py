@@ -32,6 +32,7 @@ from mpizero.plan import (
     traffic,
 )
 from mpizero_torch.plan import model_of
+from support.placements import Placement, placed
 
 WIDTH, HEIGHT, DEPTH = 256, 768, 10
 TENTH = 0.1
@@ -102,24 +103,21 @@ def test_what_is_held(stage: int, precision: str, share: bool, optimizer: str) -
 
 
 @pytest.fixture
-def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Emulated nodes of so many ranks."""
-    monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", str(request.param))
-    part = mpizero.init().split(0)
-    assert part is not None
-    yield part
-    part.close()
+def nodes(request: pytest.FixtureRequest) -> Iterator[World]:
+    """The ranks on emulated nodes of these names."""
+    with placed(Placement(request.param, (0, 1, 2, 3))) as world:
+        yield world
 
 
-# Of two ranks a node for replicas only: the sharded state's counterparts on other nodes are a world
-# of their own, whose ranks the emulation would take for one node again.
 @pytest.mark.parallel(4)
 @pytest.mark.parametrize(
     ("nodes", "stage", "precision", "share"),
     [
-        (1, 0, "fp32", False), (2, 0, "fp32", False),
-        (1, 1, "fp32", True), (1, 2, "fp32", False), (1, 3, "fp32", True),
-        (1, 3, "fp32", False), (1, 1, "bf16", True),
+        ("ABCD", 0, "fp32", False), ("AABB", 0, "fp32", False), ("ABBA", 0, "fp32", False),
+        ("ABCD", 1, "fp32", True), ("ABCD", 2, "fp32", False), ("ABCD", 3, "fp32", True),
+        ("ABCD", 3, "fp32", False), ("ABCD", 1, "bf16", True),
+        ("AABB", 1, "fp32", True), ("ABBA", 2, "fp32", False), ("ABAB", 3, "fp32", True),
+        ("ABBA", 3, "fp32", False), ("ABAB", 1, "bf16", True),
     ],
     indirect=["nodes"],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 
 import mpizero_torch as mz
 from support.models import KINDS, Kind, loss
+from support.placements import Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 several_ranks = pytest.mark.parallel([2, 3, 4])
@@ -364,22 +365,16 @@ def test_groups_of_shards(way: dict[str, Any], shard_group: Any) -> None:
 @pytest.mark.parallel([4])
 @pytest.mark.parametrize("shard_group", ["world", "node"])
 @pytest.mark.parametrize("way", [*STAGES, pytest.param({"stage": 3}, id="3 shared")])
-def test_several_nodes(
-    way: dict[str, Any], shard_group: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_nodes(way: dict[str, Any], shard_group: str) -> None:
     """Two ranks each: what travels between them goes through messages."""
-    monkeypatch.setenv("MPIZERO_RANKS_PER_NODE", "2")
-    whole = mz.init()
-    world = whole.split(0)
-    assert world is not None and world.node_count == 2
     kind, its = TRANSFORMER, TRANSFORMER.build(torch.float64)
     theirs = adamw(its.parameters())
-    model, optimizer = sharded(kind, torch.float64, world=world, shard_group=shard_group, **way)
-    for step in range(5):
-        batch = kind.batch(world.size * MICRO_BATCH, step)
-        for each, optim, part in ((its, theirs, batch), (model, optimizer, own(batch))):
-            optim.zero_grad()
-            loss(each, *part).backward()
-            optim.step()
-    assert_same_state(optimizer.state_dict(), theirs.state_dict(), torch.float64)
-    world.close()
+    with placed(Placement("ABBA", (0, 1, 2, 3))) as world:
+        model, optimizer = sharded(kind, torch.float64, world=world, shard_group=shard_group, **way)
+        for step in range(5):
+            batch = kind.batch(world.size * MICRO_BATCH, step)
+            for each, optim, part in ((its, theirs, batch), (model, optimizer, own(batch))):
+                optim.zero_grad()
+                loss(each, *part).backward()
+                optim.step()
+        assert_same_state(optimizer.state_dict(), theirs.state_dict(), torch.float64)

@@ -90,14 +90,16 @@ def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
             raise ArgumentError("memory_report()", "optimizer", "another's", "this model's")
         own, common, whole_buffers, strategy = _of_sharded(model)
         world, formula = model.world, _formula_sharded(model)
+        sharers = model.state.group.inner
     else:
         own, whole_buffers, strategy = _of_replica(model, optimizer)
         common, world = 0, model.world if isinstance(model, DistributedDataParallel) else init()
+        sharers = world
         state = own.optimizer_state
         whole = State(own.parameters, own.parameters, 0, state)
         formula = part_of_rank(whole, stage=0, parts=1).total if state else None
     elements = _elements(model, world)
-    return _combine(world, strategy, elements, own, common, whole_buffers, formula)
+    return _combine(world, strategy, elements, own, common, sharers, whole_buffers, formula)
 
 
 def _elements(model: nn.Module, world: World) -> int:
@@ -115,14 +117,15 @@ def _combine(
     elements: int,
     own: Held,
     common: int,
+    sharers: World,
     reachable: int,
     formula: float | None,
 ) -> MemoryReport:
-    """``common``: bytes that ``world`` has once a node; ``reachable``: that others can read too."""
+    """``common``: bytes that ``sharers`` have once; ``reachable``: that others can read too."""
     everyone = world if world.mesh is None else world.mesh.world
-    part = common // world.local_size
+    part = common // sharers.size
     rank = Held(own.parameters + part, own.gradients, own.optimizer_state, own.buffers)
-    once = common if world.local_rank == 0 else 0
+    once = common if sharers.rank == 0 else 0
     sums = np.array([*(getattr(own, f.name) for f in fields(Held)), reachable + once, _pss() or 0])
     sums[0] += once
     totals = everyone.node.allreduce(sums.astype(np.int64))

@@ -66,7 +66,9 @@ class Caller:
 
         def dispatch(comm: MPI.Intracomm) -> Dispatch:
             crowded = group.cores_per_rank < 1
-            return Dispatch(comm, group.device, cuda_aware, node_memory, tuning, crowded)
+            return Dispatch(
+                comm, group.device, cuda_aware, node_memory, group.nodes, tuning, crowded
+            )
 
         self._blocking = dispatch(group.comm)
         self._background = self._blocking if in_order else dispatch(group.background)

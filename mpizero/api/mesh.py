@@ -42,9 +42,8 @@ class Mesh:
         self.world = world = world if world is not None else init()
         shape = _sizes(world, {"pp": pp, "dp": dp, "sp": sp, "tp": tp})
         self.shape: Mapping[str, int] = MappingProxyType(shape)
-        nodes = world.gather_objects((world.node_index, world.local_rank))
-        self._node_of = [int(node) for node, _ in nodes]
-        self.ranks = _grid(nodes, tuple(self.shape.values()))
+        self._node_of = {rank: at for at, ranks in enumerate(world.nodes) for rank in ranks}
+        self.ranks = _grid(world.nodes, tuple(self.shape.values()))
         at = np.argwhere(self.ranks == world.rank)[0].tolist()
         self.coordinates: Mapping[str, int] = MappingProxyType(dict(zip(AXES, at, strict=True)))
         self._worlds: dict[tuple[str, ...], World] = {tuple(self._long(AXES)): world}
@@ -181,7 +180,6 @@ def _count(axis: str, value: int) -> int:
     return count
 
 
-def _grid(nodes: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Any:
+def _grid(nodes: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Any:
     """The rank at each place: node by node, whatever order the launcher gave them."""
-    order = sorted(range(len(nodes)), key=nodes.__getitem__)
-    return np.array(order, np.int64).reshape(shape)
+    return np.array([rank for ranks in nodes for rank in ranks], np.int64).reshape(shape)

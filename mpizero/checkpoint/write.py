@@ -71,7 +71,9 @@ class Save:
             )
         if writer not in WRITERS:
             raise ArgumentError("save()", "writer", repr(writer), f"one of {', '.join(WRITERS)}")
-        self._writers, self._writer = writers_per_node or world.local_size, writer
+        largest_node = max(map(len, world.nodes))
+        self._writers, self._writer = writers_per_node or largest_node, writer
+        self._turns = -(-largest_node // self._writers)  # the same everywhere: all wait in between
         world.agree(
             [str(spec) for part in parts for spec in part.specs], "the tensors of the checkpoint"
         )
@@ -134,7 +136,7 @@ class Save:
         if self._writer == "mpi-io":
             self._write_together(world)
             return
-        for turn in range(-(-world.local_size // self._writers)):
+        for turn in range(self._turns):
             if turn > 0:
                 world.barrier()
             if world.local_rank // self._writers == turn:

@@ -28,6 +28,7 @@ from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.memory.staging import Run, fence, staged
 from mpizero.reduction import Operation
 from mpizero.world.device import CudaDevice, Device
+from mpizero.world.nodes import Nodes
 from mpizero.world.startup import load_mpi, thread_level
 
 if TYPE_CHECKING:
@@ -58,13 +59,14 @@ class Dispatch:
         device: Device,
         cuda_aware: bool,
         node_memory: NodeMemory,
+        nodes: Nodes,
         tuning: Tuning,
         crowded: bool,
     ) -> None:
-        self._tuning = tuning
+        self._tuning, self._nodes = tuning, nodes
         self._compares_all = os.environ.get("MPIZERO_DEBUG", "0") not in ("", "0")
         self.comm = comm
-        self._one_node = node_memory.comm.size == comm.size
+        self._one_node = len(nodes) == 1
         self._rank, self._size = comm.rank, comm.size
         self._device = device
         self._node_memory = node_memory
@@ -277,11 +279,10 @@ class Dispatch:
         room = bool(self.comm.allreduce(int(board is not None), load_mpi().MIN))
         if self._one_node and room and board is not None:
             self.board = board
-            self._node_shared = NodeShared(self.comm, memory, board)
+            self._node_shared = NodeShared(memory, board)
             own.append(self._node_shared)
         elif room and board is not None:
-            levels = Levels.of(self.comm, memory.comm.bcast(self._rank), memory.comm.rank)
-            node = NodeShared(levels.node, memory, board)
+            levels, node = Levels.of(self.comm, self._nodes), NodeShared(memory, board)
             threaded = thread_level() == "multiple"
             own.append(Hierarchical(self.comm, levels, node, self._device, threaded))
         self._algorithms = {algorithm.name: algorithm for algorithm in own}

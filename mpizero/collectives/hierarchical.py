@@ -36,34 +36,30 @@ _RING_FROM_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Levels:
-    """The two levels of a communicator: this rank's node and its column.
+    """The two levels of a communicator: its nodes, and this rank's column.
 
-    ``columns`` is the smallest number of ranks on a node: on larger nodes the ranks beyond it work
-    inside the node only and have no ``column``. ``rank_at[m][i]`` is local rank i of node m.
+    ``rank_at[m][i]`` is the i-th rank of node m. Column i is of the i-th ranks of all nodes, and
+    *in the order of the nodes*, wherever the nodes' ranks lie in the communicator: rank m of a
+    column is on node m. There are as many columns as the smallest node has ranks: on larger nodes
+    the ranks beyond them work inside the node only and have no ``column``.
     """
 
-    node: MPI.Intracomm
-    column: MPI.Intracomm | None
-    columns: int
     rank_at: tuple[tuple[int, ...], ...]
+    columns: int
+    column: MPI.Intracomm | None
 
     @classmethod
-    def of(cls, comm: MPI.Intracomm, node_leader: int, local_rank: int) -> Levels:
-        """Split ``comm`` by nodes (named by their leaders). Collective."""
+    def of(cls, comm: MPI.Intracomm, nodes: tuple[tuple[int, ...], ...]) -> Levels:
+        """The levels of ``comm``, whose ranks lie on ``nodes`` as listed. Collective."""
         mpi = load_mpi()
-        nodes: dict[int, list[int]] = {}
-        for rank, leader in enumerate(comm.allgather(node_leader)):
-            nodes.setdefault(leader, []).append(rank)
-        columns = min(len(ranks) for ranks in nodes.values())
-        node: Any = track(comm.Split(node_leader, local_rank))
-        color = local_rank if local_rank < columns else mpi.UNDEFINED
-        column: Any = comm.Split(color, comm.rank)
-        rank_at = tuple(tuple(nodes[leader]) for leader in sorted(nodes))
-        return cls(node, None if column == mpi.COMM_NULL else track(column), columns, rank_at)
+        columns = min(len(ranks) for ranks in nodes)
+        node = next(at for at, ranks in enumerate(nodes) if comm.rank in ranks)
+        place = nodes[node].index(comm.rank)
+        column: Any = comm.Split(place if place < columns else mpi.UNDEFINED, key=node)
+        return cls(nodes, columns, None if column == mpi.COMM_NULL else track(column))
 
     def free(self) -> None:
-        """Give the communicators back. Collective."""
-        self.node.Free()
+        """Give the communicator back. Collective."""
         if self.column is not None:
             self.column.Free()
 

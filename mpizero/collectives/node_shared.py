@@ -10,7 +10,7 @@ others find in the shared cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from mpizero.memory.board import Board
 from mpizero.memory.dtypes import is_half
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.reduction import Operation
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 # Up to this size, and for more than four ranks in proportion less, combining a whole array on every
 # rank costs less than a second step. (Measured in float32 at 2 ranks, beside stages: 64 KB in 20 us
@@ -36,13 +33,13 @@ _ONE_STEP_HALF_BYTES = 16 << 10  # of 16-bit floats, which are widened first
 class NodeShared(Algorithm):
     name = "node_shared"
 
-    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, board: Board) -> None:
+    def __init__(self, memory: NodeMemory, board: Board) -> None:
         self._memory = memory
         self._board = board
         self.stages = Stages(board)
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size = board.rank, board.size
         self._small_bytes = min(
-            _ONE_STEP_BYTES, _ONE_STEP_READ_BYTES // (comm.size - 1 or 1), board.payload_bytes
+            _ONE_STEP_BYTES, _ONE_STEP_READ_BYTES // (self.size - 1 or 1), board.payload_bytes
         )
 
     def is_small(self, array: Any) -> bool:

@@ -84,9 +84,7 @@ def watch(group: Group, timeout: float | None) -> None:
     node = NodeRecords.gather(group.node_comm, group.rank, own.record, own.fd)
     others = None
     if group.node_count > 1 and group.thread_level == "multiple":
-        nodes = group.comm.allgather(group.node_index)
-        ranks_of = [[r for r, at in enumerate(nodes) if at == n] for n in range(group.node_count)]
-        others = OtherNodes(group.comm, ranks_of, node)
+        others = OtherNodes(group.comm, group.nodes, node)
     _watchdog = Watchdog(own, node, others, seconds, partial(abort, group.comm))
     _watchdog.start()
 

@@ -10,6 +10,7 @@ from mpizero.doctor.facts import Facts, RankFacts
 from mpizero.doctor.findings import Finding, Verdict, look, ok, wrong
 from mpizero.doctor.host import ranges
 from mpizero.world.launcher import Launch, singleton_mistake, singleton_remedy
+from mpizero.world.nodes import NODES, RANKS_PER_NODE
 
 REBUILD = 'MPICC="mpicc -shared" pip install --force-reinstall --no-binary=mpi4py mpi4py'
 
@@ -139,6 +140,7 @@ def _launch(facts: Facts) -> Launch:
 
 
 def _hosts(facts: Facts) -> Iterator[Finding]:
+    variables = facts.ranks[0].variables
     hosts = {host: len(ranks) for host, ranks in facts.hosts.items()}
     counts = set(hosts.values())
     text = f"{len(hosts)}, {next(iter(counts))} rank(s) each: {_some(list(hosts))}"
@@ -149,10 +151,11 @@ def _hosts(facts: Facts) -> Iterator[Finding]:
             "Ask for the same number on each (mpirun --map-by ppr:N:node, mpiexec -ppn N, "
             "srun --ntasks-per-node=N): collectives are fastest then.",
         )  # fmt: skip
-    elif emulated := facts.ranks[0].variables.get("MPIZERO_RANKS_PER_NODE"):
+    elif pretended := [name for name in (RANKS_PER_NODE, NODES) if variables.get(name)]:
+        name = pretended[0]
         yield look(
-            "hosts", f"{text}; taken for {facts.mpi.nodes} nodes of {emulated} rank(s)",
-            "Unset MPIZERO_RANKS_PER_NODE except to try out what several nodes do.",
+            "hosts", f"{text}; taken for {facts.mpi.nodes} nodes: {name}={variables[name]}",
+            f"Unset {name} except to try out what several nodes do.",
         )  # fmt: skip
     elif facts.mpi.nodes != len(hosts):
         yield look(

@@ -194,11 +194,8 @@ def _aligned(nbytes: int) -> int:
 
 
 def _neighbours(world: World) -> dict[int, int]:
-    """For each rank one of the next node, which keeps a copy of its commits. Collective."""
-    nodes: list[list[int]] = [[] for _ in range(world.node_count)]
-    for rank, node in enumerate(world.gather_objects(world.node_index)):
-        nodes[node].append(rank)
-    found = {}
+    """For each rank one of the next node, which keeps a copy of its commits."""
+    nodes, found = world.nodes, {}
     for at, ranks in enumerate(nodes):
         keepers = nodes[(at + 1) % len(nodes)]
         for place, rank in enumerate(ranks):

@@ -26,15 +26,15 @@ class ShardGroup:
     """The ranks among which ``world`` shards. Collective.
 
     ``shard_group``: "world" (all ranks hold one part each), "node" (each node holds the whole
-    state, its ranks a part each), or a number k (each k consecutive ranks do). Raises ArgumentError
-    for a k that does not divide the ranks.
+    state, its ranks a part each), or a number k (each k ranks do, counted node by node). Raises
+    ArgumentError for a k that does not divide the ranks.
     """
 
     def __init__(self, world: World, shard_group: str | int = "world") -> None:
         self.world = world
         self._splits = False
         self.outer: World | None = None
-        even = len(set(world.gather_objects(world.local_size))) == 1
+        even = world.even_nodes
         if shard_group == "world" and (world.node_count == 1 or not even):
             self.inner = world
         elif shard_group == "world":
@@ -45,7 +45,10 @@ class ShardGroup:
             if shard_group == world.size:
                 self.inner = world
             else:
-                self.inner = world.part(f"groups of {shard_group}", world.rank // shard_group)
+                # Ranks of a node next to each other, whatever the launcher's order.
+                order = [rank for ranks in world.nodes for rank in ranks]
+                number = order.index(world.rank) // shard_group
+                self.inner = world.part(f"groups of {shard_group}", number)
         else:
             raise ArgumentError(
                 "zero()",
@@ -62,19 +65,18 @@ class ShardGroup:
         self.copies = world.size // self.parts
         at = self.outer.rank if self.outer is not None and self._splits else 0
         self.part = self.inner.rank * self._across + at
+        shares = self.inner.node_count == 1 and self.inner.device.kind != "cuda"
+        parts, sharing = zip(*world.gather_objects((self.part, shares)), strict=True)
         # The rank that speaks for each part: the first that holds it.
-        parts = world.gather_objects(self.part)
         self.holders = [parts.index(part) for part in range(self.parts)]
+        # Do all inside groups share nodes, so that ranks can share parameters? Where some could
+        # and others not, none does: parameters lie in one way everywhere.
+        self.one_memory = all(sharing)
 
     @property
     def is_holder(self) -> bool:
         """Does this rank speak for its part (others may hold copies of it)?"""
         return self.holders[self.part] == self.world.rank
-
-    @property
-    def one_memory(self) -> bool:
-        """Do the inside ranks share a node, so that they can share parameters?"""
-        return self.inner.node_count == 1 and self.inner.device.kind != "cuda"
 
     def combine(
         self,

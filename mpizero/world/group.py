@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpizero.errors import ArgumentError
 from mpizero.world.device import Device
+from mpizero.world.nodes import list_nodes, node_comm_of
 from mpizero.world.startup import load_mpi, thread_level
 from mpizero.world.survival import track
 
@@ -35,8 +36,9 @@ class Group:
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.thread_level = thread_level()
-        self._find_nodes()
         self.job_ranks = self._find_job_ranks()
+        self._find_nodes()
+        self._list_nodes()
 
     def _find_job_ranks(self) -> tuple[int, ...]:
         """The ranks' numbers among all of the job."""
@@ -48,24 +50,25 @@ class Group:
         return tuple(ranks)
 
     def _find_nodes(self) -> None:
-        mpi = load_mpi()
-        node: Any = track(self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank))
-        emulated = os.environ.get("MPIZERO_RANKS_PER_NODE", "")
-        if emulated:  # for trying what several nodes would do
-            whole, node = node, track(node.Split(node.rank // int(emulated), node.rank))
-            whole.Free()
-        self.node_comm: MPI.Intracomm = node
-        self.local_rank: int = node.rank
-        self.local_size: int = node.size
-        leader = node.bcast(self.rank)
-        leader_of: list[int] = self.comm.allgather(leader)
-        self.node_leaders = tuple(sorted(set(leader_of)))
-        self.node_count = len(self.node_leaders)
-        self.node_index = self.node_leaders.index(leader)
-        self.node_ranks = tuple(r for r, at in enumerate(leader_of) if at == leader)
-        self.is_leader = leader == self.rank
-        cores = frozenset().union(*node.allgather(frozenset(_own_cores())))
+        self.node_comm = node_comm_of(self.comm, self.job_ranks)
+        self.local_rank: int = self.node_comm.rank
+        self.local_size: int = self.node_comm.size
+        cores = frozenset().union(*self.node_comm.allgather(frozenset(_own_cores())))
         self.cores_per_rank: float = len(cores) / self.local_size
+
+    def _list_nodes(self) -> None:
+        """All nodes of the group. Nothing is taken for granted of which ranks lie on which."""
+        self.nodes = list_nodes(self.comm, self.node_comm)
+        self.node_count = len(self.nodes)
+        self.node_index = next(at for at, ranks in enumerate(self.nodes) if self.rank in ranks)
+        self.node_ranks = self.nodes[self.node_index]
+        self.node_leaders = tuple(ranks[0] for ranks in self.nodes)
+        self.is_leader = self.node_ranks[0] == self.rank
+
+    @property
+    def even_nodes(self) -> bool:
+        """Have all nodes the same number of ranks?"""
+        return len({len(ranks) for ranks in self.nodes}) == 1
 
     def split_comm(self, color: int | None, key: int) -> MPI.Intracomm | None:
         """Split the ranks into one communicator per ``color`` (MPI_Comm_split), ordered by ``key``.

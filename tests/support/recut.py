@@ -63,9 +63,10 @@ class Way:
     """How a run is spread: the stage, and what ``mz.zero`` does from stage 1 on."""
 
     stage: int
-    shared: bool = True
+    shared: bool | None = True
     partition: str = "flat"
     precision: str | None = None
+    shard_group: str | int = "world"
 
     def __str__(self) -> str:
         if not self.stage:
@@ -105,6 +106,7 @@ def spread(
     return mz.zero(
         model, optimizer, way.stage, world=world, share_parameters=way.shared,
         partition=way.partition, precision=way.precision, segment_mb=SEGMENT_MB,
+        shard_group=way.shard_group,
     )  # fmt: skip
 
 

@@ -67,19 +67,18 @@ def local_size() -> int:
 
 
 def cross_rank() -> int:
-    """The number of this rank's node."""
-    return global_process_set.world.node_index
+    """This rank's number among those that have the same ``local_rank``, each on its node."""
+    return _same_place(global_process_set.world).index(rank())
 
 
 def cross_size() -> int:
-    """How many nodes there are."""
-    return global_process_set.world.node_count
+    """How many ranks have the same ``local_rank`` as this one: the nodes, where all are alike."""
+    return len(_same_place(global_process_set.world))
 
 
 def is_homogeneous() -> bool:
     """Has every node the same number of ranks?"""
-    world = global_process_set.world
-    return world.local_size * world.node_count == world.size
+    return global_process_set.world.even_nodes
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
@@ -147,6 +146,12 @@ def rocm_built() -> bool:
 def cuda_built() -> bool:
     """Can tensors on NVIDIA's GPUs be reduced here (a torch with CUDA, and CuPy)?"""
     return torch.version.cuda is not None and importlib.util.find_spec("cupy") is not None
+
+
+def _same_place(world: World) -> list[int]:
+    """The ranks that have this one's place on their nodes."""
+    place = world.local_rank
+    return sorted(ranks[place] for ranks in world.nodes if len(ranks) > place)
 
 
 def _world(comm: Any) -> World:

@@ -378,7 +378,7 @@ class ShardedModule(DistributedModule):
 
     def _check_unwritten(self) -> None:
         """Shared memory written to by every rank would have been written to n times."""
-        if self._sharding.how != COMMON or self.world.local_size == 1:
+        if self._sharding.how != COMMON or self._state.group.inner.size == 1:
             return
         versions = self._current_versions()
         if versions != self._versions:

@@ -72,7 +72,7 @@ def zero(
         "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks.
     accumulate_in_float32 : with 16-bit parameters, add gradients up in float32.
     shard_group : "world"; "node" or a number k to keep a whole state in each node, or in every k
-        ranks, and copies of it in the others (hierarchical sharding).
+        ranks (counted node by node), and copies of it in the others (hierarchical sharding).
     offload : "cpu" (for GPUs) or "disk": where the optimizer's state and float32 copies are kept.
     offload_dir : for "disk", the folder of its files.
     initialise : for models made in ``mz.deferred()``: called with each module of parameters.
@@ -187,7 +187,7 @@ def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
     if share and not group.one_memory:
         raise ArgumentError(
             "zero()", "share_parameters", "True", "None or False here",
-            "Only ranks of one node, on CPUs, can share memory.",
+            "Only ranks of one node, on CPUs, can share memory, and all groups of them must.",
         )  # fmt: skip
     if share:
         return COMMON
