@@ -22,10 +22,10 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.checkpoint import tree
+from mpizero.checkpoint.asides import leftovers
 from mpizero.checkpoint.background import PendingSave, carry_out
 from mpizero.checkpoint.box import Box, read_box
 from mpizero.checkpoint.export import export_safetensors
-from mpizero.checkpoint.folder import leftovers
 from mpizero.checkpoint.format import TensorSpec
 from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
 from mpizero.checkpoint.readable import Readable
