@@ -50,43 +50,39 @@ def inventory(folder: Path) -> Inventory:
         manifest = Manifest.parse(files.read_small(folder / MANIFEST, LARGEST))
     except CheckpointError:
         return Inventory(others=tuple(names))
-    written = manifest.written
-    known = {*written, *(name for name, _ in manifest.files), CHECKSUMS}
-    known |= {index_name(part) for part in _parts(manifest)}
-    ours, doubtful, others = [MANIFEST], [], []
-    for name in names:
-        if name == MANIFEST:
-            continue
-        if name == NOTE and has_note(folder):
-            ours.append(name)
-        elif name in written and is_as_stamped(folder / name, written[name]):
-            ours.append(name)
-        elif name in known:
-            doubtful.append(name)
-        else:
-            others.append(name)
+    indexes = map(index_name, _parts_in_several(manifest))
+    known = {MANIFEST, CHECKSUMS, *(name for name, _ in manifest.files), *indexes}
+    ours = [MANIFEST, *(name for name in names if _is_as_written(folder, name, manifest))]
+    doubtful = [name for name in names if name in known and name not in ours]
     if doubtful:
-        as_written = _as_written(folder)
-        ours += [name for name in doubtful if name in as_written]
-        doubtful = [name for name in doubtful if name not in as_written]
-    stamps = {name: files.stamp(folder / name) for name in ours}
-    return Inventory(stamps, tuple(doubtful), tuple(others), manifest.managed)
+        ours += _same_content(folder).intersection(doubtful)
+    return Inventory(
+        {name: files.stamp(folder / name) for name in ours},
+        tuple(name for name in doubtful if name not in ours),
+        tuple(name for name in names if name not in known and name not in ours),
+        manifest.managed,
+    )
 
 
-def _as_written(folder: Path) -> set[str]:
-    """The files of a checkpoint whose content is what we wrote, if all is; else none."""
+def _is_as_written(folder: Path, name: str, manifest: Manifest) -> bool:
+    """By size and time; or a note, which is known by what it says."""
+    if name == NOTE:
+        return has_note(folder)
+    return name in manifest.written and is_as_stamped(folder / name, manifest.written[name])
+
+
+def _same_content(folder: Path) -> set[str]:
+    """The files of a checkpoint, if all that they hold is what we wrote; else none."""
     try:
         with Checkpoint(folder) as found:
             if found.verify():
                 return set()
-            names = {CHECKSUMS, *(layout.name for layout in found.layouts)}
-            return names | {
-                index_name(part)
-                for part in _parts(found.manifest)
-                if _is_index(
-                    folder / index_name(part), [x for x in found.layouts if x.part == part]
-                )
-            }
+            same = {CHECKSUMS, *(layout.name for layout in found.layouts)}
+            for part in _parts_in_several(found.manifest):
+                of_part = [layout for layout in found.layouts if layout.part == part]
+                if _is_index(folder / index_name(part), of_part):
+                    same.add(index_name(part))
+            return same
     except (OSError, CheckpointError):
         return set()
 
@@ -98,7 +94,7 @@ def _is_index(path: Path, layouts: Sequence[FileLayout]) -> bool:
         return False
 
 
-def _parts(manifest: Manifest) -> list[str]:
+def _parts_in_several(manifest: Manifest) -> list[str]:
     """The parts that have several files, and so an index."""
     parts = [part_of(name) for name, _ in manifest.files]
     return [part for part in dict.fromkeys(parts) if parts.count(part) > 1]

@@ -6,8 +6,8 @@ What all ranks of a node have mapped needs no name.
 
 A name is taken from nothing but what MPI is seen to make: /dev/shm is the users' place, too, for
 data sets and memory of their own. ``noted`` looks at it before and after MPI_Init, in which mpi4py
-lets no other Python of the process run. Where MPI had been started before we came nobody has looked,
-and all names stay.
+lets no other Python of the process run. Where MPI had been started before we came nobody has
+looked, and all names stay.
 """
 
 from __future__ import annotations
