@@ -22,11 +22,11 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.checkpoint import tree
-from mpizero.checkpoint.asides import leftovers
 from mpizero.checkpoint.background import PendingSave, carry_out
 from mpizero.checkpoint.box import Box, read_box
 from mpizero.checkpoint.export import export_safetensors
 from mpizero.checkpoint.format import TensorSpec
+from mpizero.checkpoint.notes import leftovers
 from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
 from mpizero.checkpoint.readable import Readable
 from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_part

@@ -2,7 +2,7 @@
 
 Everything is written into a folder beside it, which gets the right name last. What stands under the
 right name already is put aside for the moment of the exchange; if that is cut off in between,
-``asides.recover`` finds it. Nothing is removed, renamed or replaced but what a note (``asides``) or
+``notes.recover`` finds it. Nothing is removed, renamed or replaced but what a note (``notes``) or
 a manifest (``ownership``) proves to be ours.
 """
 
@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from mpizero.checkpoint import files
-from mpizero.checkpoint.asides import (
+from mpizero.checkpoint.manifest import LARGEST, MANIFEST, Manifest
+from mpizero.checkpoint.notes import (
     NOTE,
     OLD,
     PARTIAL,
@@ -28,7 +29,6 @@ from mpizero.checkpoint.asides import (
     recover,
     unfinished,
 )
-from mpizero.checkpoint.manifest import LARGEST, MANIFEST, Manifest
 from mpizero.checkpoint.ownership import Inventory, inventory
 from mpizero.errors import CheckpointError
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpizero.checkpoint import files
-from mpizero.checkpoint.asides import NOTE, Stamp, has_note, is_as_stamped
 from mpizero.checkpoint.format import FileLayout, index_name, index_of, part_of
 from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
+from mpizero.checkpoint.notes import NOTE, Stamp, has_note, is_as_stamped
 from mpizero.checkpoint.read import Checkpoint
 from mpizero.errors import CheckpointError
 

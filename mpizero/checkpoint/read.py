@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpizero.api import World
-from mpizero.checkpoint import asides, files
+from mpizero.checkpoint import files, notes
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
 from mpizero.checkpoint.format import (
     LENGTH_BYTES,
@@ -244,9 +244,9 @@ def agreed(world: World) -> Iterator[None]:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Is there a complete checkpoint? (One process; see ``asides.recover``.)"""
-    asides.recover(Path(path))
-    return asides.is_complete(Path(path))
+    """Is there a complete checkpoint? (One process; see ``notes.recover``.)"""
+    notes.recover(Path(path))
+    return notes.is_complete(Path(path))
 
 
 def newest(path: str | os.PathLike[str]) -> Path:
@@ -260,7 +260,7 @@ def newest(path: str | os.PathLike[str]) -> Path:
     whole = [
         each
         for each in folder_of.iterdir()
-        if asides.is_complete(each) and not asides.is_unfinished(each)
+        if notes.is_complete(each) and not notes.is_unfinished(each)
     ]
     if not whole:
         return folder_of
