@@ -1,8 +1,9 @@
 """Files under names that the user has chosen: whole or not at all, and over nobody else's.
 
 What stands there already is overwritten only if its content shows that it is an earlier output of
-the same kind, or if it holds nothing. Each kind of output knows that by something that we write into
-it. Where the name is a link, that holds for what it leads to; pipes and devices are just written to.
+the same kind, or if it holds nothing. Each kind of output knows that by something that we write
+into it. Where the name is a link, that holds for what it leads to; pipes and devices are just
+written to.
 """
 
 from __future__ import annotations

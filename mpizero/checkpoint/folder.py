@@ -26,6 +26,7 @@ from mpizero.checkpoint.notes import (
     has_note,
     is_as_stamped,
     is_complete,
+    is_put_aside,
     recover,
     unfinished,
 )
@@ -185,7 +186,8 @@ def _replaceable(path: Path) -> Inventory | None:
 
 def _remove_leftover(left: Path, note: Note) -> None:
     """Unless it is the only one there is: a checkpoint put aside for another that is not there."""
-    if not is_complete(left) or left.name == note.of or is_complete(left.with_name(note.of)):
+    only_one = is_put_aside(left) and not is_complete(left.with_name(note.of))
+    if not only_one:
         _take_apart(left, note)
 
 

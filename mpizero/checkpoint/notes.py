@@ -132,6 +132,12 @@ def is_held(folder: Path) -> bool:
     return files.is_locked(folder / NOTE)
 
 
+def is_put_aside(folder: Path) -> bool:
+    """Is it, by its name, a checkpoint that was to be exchanged for another?"""
+    found = _NAME.fullmatch(folder.name)
+    return found is not None and found[2] == OLD and is_complete(folder)
+
+
 def is_complete(path: Path) -> bool:
     """Does it have a manifest, which is written last?"""
     return (path / MANIFEST).is_file()
@@ -164,6 +170,18 @@ def leftovers(parent: Path) -> list[Path]:
     return [folder for folder, _ in unfinished(parent)]
 
 
+def lookalikes(parent: Path) -> list[Path]:
+    """Folders that are called as if a save had left them, and do not prove it: they stay."""
+    if not parent.is_dir():
+        return []
+    called_so = (each for each in parent.iterdir() if PARTIAL in each.name or OLD in each.name)
+    return sorted(
+        each
+        for each in called_so
+        if not is_unfinished(each) and not (_base_of(each.name) and _holds_nothing(each))
+    )
+
+
 def recover(path: Path) -> None:
     """If an exchange was cut off between its two steps, let the old checkpoint have its name again.
 
@@ -177,7 +195,7 @@ def recover(path: Path) -> None:
             if _base_of(each.name) == path.name
             and not each.is_symlink()
             and is_unfinished(each)
-            and is_complete(each)
+            and is_put_aside(each)
         ]
         if not found:
             return

@@ -61,8 +61,9 @@ def _arrived(run: Run, gradient: torch.Tensor, event: Any) -> tuple[Run, torch.T
 class StateOnDisk:
     """Keeps tensors of state in memory-mapped files of a folder of its own, gone with it.
 
-    Nothing that somebody else puts there goes with it. The kernel writes pages back and drops them as it needs the room. ``folder``: on a local disk;
-    by default where temporary files go (which may be memory, on some machines).
+    The kernel writes pages back and drops them as it needs the room. ``folder``: on a local disk;
+    by default where temporary files go (which may be memory, on some machines). What somebody else
+    puts into the folder stays, and so does the folder then.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
