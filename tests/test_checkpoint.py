@@ -23,6 +23,7 @@ from mpizero import ArgumentError, CheckpointError, World, checkpoint
 from mpizero.checkpoint import files, mpi_io, progress, tree
 from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
+from support.killed_calls import dies
 from support.placements import SEVERAL_NODES, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -356,8 +357,8 @@ def test_a_cut_off_change_is_undone(tmp_path: Path) -> None:
     """Between the two renames: the old one has a name of the moment, the new one its first."""
     world = mpizero.init()
     checkpoint.save(tmp_path / "c", {"a": 1}, world)
-    shutil.copytree(tmp_path / "c", tmp_path / "c.partial-00aa")
-    (tmp_path / "c").rename(tmp_path / "c.old-00bb")
+    assert dies(lambda: checkpoint.save(tmp_path / "c", {"a": 2}, world), 2, ["rename"])
+    assert not (tmp_path / "c").exists()
     assert checkpoint.load(tmp_path / "c", world) == {"a": 1}
     checkpoint.save(tmp_path / "c", {"a": 2}, world)
     assert [each.name for each in tmp_path.iterdir()] == ["c"]
@@ -391,9 +392,14 @@ def test_a_removal_that_is_cut_off_is_ended_by_the_next_save(
     for name in ("a", "b"):
         checkpoint.save(tmp_path / name, {"a": 1}, world)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(files, "remove", fail)
         discard(tmp_path / "a")
         checkpoint.save(tmp_path / "b", {"a": 2}, world)  # and what it replaces
+    assert len(checkpoint.leftovers(tmp_path)) == 2
     for name in ("a", "b"):
         assert checkpoint.exists(tmp_path / name) == (name == "b")
         checkpoint.save(tmp_path / name, {"a": 3}, world)

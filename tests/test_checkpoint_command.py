@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, load_model
 
 import mpizero_torch as mz
+from mpizero import checkpoint
 from mpizero.cli import main
+from support.killed_calls import dies
 
 pytestmark = pytest.mark.once
 
@@ -51,8 +54,12 @@ def test_show_lists_what_is_there(run: tuple[Path, Tied]) -> None:
     assert "step-00000002: complete" in said and "best = 0.25" in said
     assert "2 of 10 samples of epoch 0" in said
     assert "model-00001-of-0000" in command("show", folder / "step-00000001").output
+    another = folder / "step-00000004"
+    assert dies(lambda: checkpoint.save(another, {"a": 1}, mz.init()), 1, ["sync"])
     (folder / "step-00000003.partial-ab").mkdir()
     listed = command("show", folder, "--tensors").output
+    assert re.search(r"left over by a save .*step-00000004\.partial-", listed)
+    assert re.search(r"nothing proves .*step-00000003\.partial-ab \(it stays\)", listed)
     assert "embed.weight  float32  [11, 6]" in listed and "step-00000003.partial-ab" in listed
     found = json.loads(command("show", folder, "--json").output)
     assert found["parts"]["model"]["elements"] == 67 and found["values"]["step"] == 2

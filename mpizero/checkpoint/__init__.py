@@ -25,8 +25,8 @@ from mpizero.checkpoint import tree
 from mpizero.checkpoint.background import PendingSave, carry_out
 from mpizero.checkpoint.box import Box, read_box
 from mpizero.checkpoint.export import export_safetensors
-from mpizero.checkpoint.folder import leftovers
 from mpizero.checkpoint.format import TensorSpec
+from mpizero.checkpoint.notes import leftovers
 from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
 from mpizero.checkpoint.readable import Readable
 from mpizero.checkpoint.write import LARGEST_FILE, Part, Piece, Save, shared_part

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from mpizero import outputs
 from mpizero.checkpoint import files
 from mpizero.checkpoint.checksums import LONGEST
 from mpizero.checkpoint.format import TensorSpec, lay_out
@@ -33,7 +36,7 @@ def export_safetensors(
     under their other names in the header, as in the checkpoint. ``out`` appears when it is whole.
     Raises FileExistsError if it is there already, and what reading raises.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already")
     specs = checkpoint.specs(part)
     converted = [
@@ -41,10 +44,9 @@ def export_safetensors(
     ]
     metadata = {k: v for k, v in checkpoint.metadata(part).items() if k != "format"}
     (layout,) = lay_out(part, converted, sum(spec.nbytes for spec in converted) + 1, metadata)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.unlink(missing_ok=True)
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(8)}")
+    files.create(partial, layout.nbytes)
     try:
-        files.create(partial, layout.nbytes)
         handle = files.open_to_write(partial)
         try:
             files.write_at(handle, layout.header, 0)
@@ -60,7 +62,7 @@ def export_safetensors(
             files.sync(handle)
         finally:
             files.close(handle)
-        files.rename(partial, out)
+        outputs.put(partial, out)
         files.sync_folder(out.parent)
     except BaseException:
         partial.unlink(missing_ok=True)

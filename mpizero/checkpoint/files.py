@@ -7,15 +7,18 @@ pwrite). A test replaces these functions to make them fail.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+from mpizero.checkpoint.format import damaged
 from mpizero.errors import CheckpointError
 
-# A symbolic link in a checkpoint that came from elsewhere could point anywhere.
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+# A symbolic link in a checkpoint that came from elsewhere could point anywhere, and opening a pipe
+# there could wait for ever.
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
 _ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
 
@@ -71,6 +74,61 @@ def write_whole(path: Path, data: bytes) -> None:
         close(handle)
 
 
+def write_note(path: Path, data: bytes) -> int:
+    """A new small file, on the disk when this returns, and locked as long as its handle is open.
+
+    Where the file system has no locks, not locked.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while data:  # of a note that is not there wholly there is mostly nothing
+            data = data[os.write(handle, data) :]
+        os.fsync(handle)
+    except BaseException:
+        os.unlink(path)
+        os.close(handle)
+        raise
+    return handle
+
+
+def unlock(handle: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def is_locked(path: Path) -> bool:
+    """Has somebody else a lock on it?"""
+    try:
+        handle = os.open(path, _READ)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def remove(path: Path) -> None:
+    """One file. Whoever calls has the proof that it is ours."""
+    os.unlink(path)
+
+
+def remove_folder(path: Path) -> None:
+    """An empty one."""
+    os.rmdir(path)
+
+
 def sync_folder(path: Path) -> None:
     """Let the names in a folder reach the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -87,7 +145,7 @@ def rename(old: Path, new: Path) -> None:
 def open_to_read(path: Path) -> int:
     """Raises CheckpointError for what is no ordinary file."""
     try:
-        handle = os.open(path, os.O_RDONLY | _NO_LINKS)
+        handle = os.open(path, _READ)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -105,6 +163,33 @@ def expect(handle: int, place: int, nbytes: int) -> None:
 
 def size(handle: int) -> int:
     return os.fstat(handle).st_size
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size, and when it was written, in ns: also where another node has written it.
+
+    For a network file system says what is new of a file to those who open it (close-to-open).
+    """
+    handle = open_to_read(path)
+    try:
+        found = os.fstat(handle)
+        return found.st_size, found.st_mtime_ns
+    finally:
+        close(handle)
+
+
+def read_small(path: Path, largest: int) -> bytes:
+    """All of a small file. Raises CheckpointError for what is none, or has more bytes."""
+    handle = open_to_read(path)
+    try:
+        nbytes = size(handle)
+        if nbytes > largest:
+            raise damaged(path.name, f"it has {nbytes} bytes; at most {largest} are expected")
+        data = bytearray(nbytes)
+        read_at(handle, 0, data)
+        return bytes(data)
+    finally:
+        close(handle)
 
 
 def read_at(handle: int, place: int, buffer: Any) -> None:

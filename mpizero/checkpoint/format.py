@@ -133,6 +133,11 @@ def index_of(files: Sequence[FileLayout]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1).encode()
 
 
+def index_name(part: str) -> str:
+    """What the index of a part's several files is called."""
+    return f"{part}.safetensors.index.json"
+
+
 def parse_header(name: str, nbytes: int, header: bytes) -> FileLayout:
     """A file's layout from its header (with its length). Trusts nothing in it.
 

@@ -7,7 +7,7 @@ that are no tensors. Its own checksum is of the text without the line that says 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +23,19 @@ _FORMAT = "mpizero checkpoint"
 
 @dataclass(frozen=True)
 class Manifest:
-    """``files``: name and bytes of each; ``values``: what is no tensor, by part."""
+    """``files``: name and bytes of each; ``values``: what is no tensor, by part.
+
+    ``written``: bytes and time, in ns, of all files but this one, by which they are known again.
+    ``managed``: the folder's name, if a ``CheckpointManager`` has saved it, and may remove it.
+    """
 
     files: Sequence[tuple[str, int]]
     checksums: tuple[int, int]  # bytes and CRC-32 of the list
     ranks: int  # that saved it
     saved: str  # when, ISO 8601
     values: dict[str, Any] = field(default_factory=dict)
+    written: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    managed: str = ""
 
     def to_json(self) -> bytes:
         """As it is written."""
@@ -41,6 +47,8 @@ class Manifest:
             "files": [{"name": name, "bytes": nbytes} for name, nbytes in self.files],
             "checksums": {"bytes": self.checksums[0], "crc32": self.checksums[1]},
             "values": self.values,
+            "written": {name: list(stamp) for name, stamp in self.written.items()},
+            "managed": self.managed,
         }
         return json.dumps({**body, "crc32": _checksum(body)}, indent=1, allow_nan=False).encode()
 
@@ -68,8 +76,10 @@ class Manifest:
                 _count(body["ranks"]),
                 str(body["saved"]),
                 dict(body["values"]),
+                {name: _pair(stamp) for name, stamp in body.get("written", {}).items()},
+                str(body.get("managed", "")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise damaged(MANIFEST, f"it lacks something ({error!r})") from None
         names = [name for name, _ in found.files]
         for name in names:
@@ -87,3 +97,8 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no count")
     return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    size, written = value
+    return _count(size), _count(written)

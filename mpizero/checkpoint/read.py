@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpizero.api import World
-from mpizero.checkpoint import files, folder
+from mpizero.checkpoint import files, notes
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
 from mpizero.checkpoint.format import (
     LENGTH_BYTES,
@@ -244,9 +244,9 @@ def agreed(world: World) -> Iterator[None]:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Is there a complete checkpoint? (One process; see ``folder.recover``.)"""
-    folder.recover(Path(path))
-    return folder.is_complete(Path(path))
+    """Is there a complete checkpoint? (One process; see ``notes.recover``.)"""
+    notes.recover(Path(path))
+    return notes.is_complete(Path(path))
 
 
 def newest(path: str | os.PathLike[str]) -> Path:
@@ -257,8 +257,11 @@ def newest(path: str | os.PathLike[str]) -> Path:
     folder_of = Path(path)
     if exists(folder_of) or not folder_of.is_dir():
         return folder_of
-    left = folder.leftovers(folder_of)
-    whole = [each for each in folder_of.iterdir() if folder.is_complete(each) and each not in left]
+    whole = [
+        each
+        for each in folder_of.iterdir()
+        if notes.is_complete(each) and not notes.is_unfinished(each)
+    ]
     if not whole:
         return folder_of
     return max(whole, key=lambda each: ((each / MANIFEST).stat().st_mtime, each.name))
@@ -269,13 +272,13 @@ def _describe(path: Path) -> tuple[Manifest, list[FileLayout], list[Any]]:
     if not exists(path):
         begun = f": it has no {MANIFEST}, so its save never ended" if path.exists() else ""
         raise CheckpointError(f"There is no checkpoint at {path}{begun}.")
-    manifest = Manifest.parse(_small(path / MANIFEST, LARGEST))
+    manifest = Manifest.parse(files.read_small(path / MANIFEST, LARGEST))
     layouts = [_layout(path, name, nbytes) for name, nbytes in manifest.files]
     tensors = [(layout.part, name) for layout in layouts for name in layout.specs]
     if len(set(tensors)) < len(tensors):
         raise damaged(MANIFEST, "two files have the same tensor")
     nbytes, crc = manifest.checksums
-    data = _small(path / CHECKSUMS, nbytes)
+    data = files.read_small(path / CHECKSUMS, nbytes)
     if len(data) != nbytes or nbytes % RECORD.itemsize or crc32(data) != crc:
         raise damaged(CHECKSUMS, "it is not the one that the manifest names")
     names = [name for name, _ in manifest.files]
@@ -303,18 +306,5 @@ def _layout(path: Path, name: str, nbytes: int) -> FileLayout:
         header = bytearray(header_length(name, nbytes, bytes(first)))
         files.read_at(handle, 0, header)
         return parse_header(name, nbytes, bytes(header))
-    finally:
-        files.close(handle)
-
-
-def _small(path: Path, largest: int) -> bytes:
-    handle = files.open_to_read(path)
-    try:
-        nbytes = files.size(handle)
-        if nbytes > largest:
-            raise damaged(path.name, f"it has {nbytes} bytes; at most {largest} are expected")
-        data = bytearray(nbytes)
-        files.read_at(handle, 0, data)
-        return bytes(data)
     finally:
         files.close(handle)

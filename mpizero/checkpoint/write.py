@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from mpizero.api import World
-from mpizero.checkpoint import files, folder, mpi_io
+from mpizero.checkpoint import files, mpi_io
 from mpizero.checkpoint.aside import Aside
 from mpizero.checkpoint.checksums import LONGEST, RECORD, complete, crc32
-from mpizero.checkpoint.format import FileLayout, TensorSpec, index_of, lay_out
+from mpizero.checkpoint.folder import Staging
+from mpizero.checkpoint.format import FileLayout, TensorSpec, index_name, index_of, lay_out
 from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
 from mpizero.checkpoint.progress import Progress
 from mpizero.errors import ArgumentError, CheckpointError
@@ -63,8 +64,10 @@ class Save:
         largest_file: int = LARGEST_FILE,
         writers_per_node: int | None = None,
         writer: str = "auto",
+        managed: bool = False,
     ) -> None:
         self.path, self._world, self._values = path, world, values
+        self._managed = managed  # may a manager remove it?
         if writers_per_node is not None and writers_per_node < 1:
             raise ArgumentError(
                 "save()", "writers_per_node", str(writers_per_node), "None, or 1 or more"
@@ -83,6 +86,7 @@ class Save:
         ]
         self._files = [file for each in self._layouts for file in each]
         self._staging = path
+        self._made: Staging | None = None  # on rank 0
         self._records: list[tuple[int, int, int, int]] = []
         self._failure = ""
         self._aside: Aside | None = None
@@ -94,7 +98,8 @@ class Save:
         staging, failure, writer = "", "", self._writer
         if self._world.rank == 0:
             try:
-                where = folder.staging_for(self.path)
+                self._made = Staging(self.path, self._names())
+                where = self._made.folder
                 staging = str(where)
                 if writer == "auto":
                     parallel = mpi_io.file_system(where) in mpi_io.PARALLEL
@@ -103,8 +108,7 @@ class Save:
                     files.create(where / file.name, file.nbytes)
             except (OSError, CheckpointError) as error:
                 failure = f"[rank 0] {error}"
-                if staging:
-                    folder.discard(Path(staging))
+                self._discard()
         staging, failure, self._writer = self._world.broadcast_object((staging, failure, writer))
         if failure:
             raise self._failed([failure])
@@ -164,19 +168,32 @@ class Save:
         own = np.array(self._records, RECORD), self._failure
         everyones = world.gather_objects(own)
         failures = [failure for _, failure in everyones if failure]
-        if world.rank == 0 and not failures:
+        if self._made is not None and not failures:
             try:
-                self._finish(np.concatenate([each for each, _ in everyones]), world.size)
+                self._finish(
+                    self._made, np.concatenate([each for each, _ in everyones]), world.size
+                )
             except (OSError, CheckpointError) as error:
                 failures = [f"[rank 0] {error}"]
-        if world.rank == 0 and failures:
-            folder.discard(self._staging)
+        if failures:
+            self._discard()
         failures = world.broadcast_object(failures)
         self._release()
         nbytes = 0 if failures else sum(file.nbytes for file in self._files)
         self._progress.close(f"{self.path} saved", nbytes)
         if failures:
             raise self._failed(failures)
+
+    def _discard(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            made.discard()
+
+    def _names(self) -> list[str]:
+        """All files of the checkpoint."""
+        several = [each[0].part for each in self._layouts if len(each) > 1]
+        names = [file.name for file in self._files]
+        return [*names, *map(index_name, several), CHECKSUMS, MANIFEST]
 
     def _release(self) -> None:
         """The bytes are written; whoever saves next may have the copies' memory."""
@@ -220,24 +237,27 @@ class Save:
             for start in range(0, data.size, LONGEST):
                 yield first + start, data[start : start + LONGEST]
 
-    def _finish(self, records: Any, ranks: int) -> None:
+    def _finish(self, made: Staging, records: Any, ranks: int) -> None:
         sizes = [file.nbytes for file in self._files]
         names = [file.name for file in self._files]
         data = complete(records, sizes, names).tobytes()
         files.write_whole(self._staging / CHECKSUMS, data)
         for layouts in self._layouts:
             if len(layouts) > 1:
-                name = f"{layouts[0].part}.safetensors.index.json"
+                name = index_name(layouts[0].part)
                 files.write_whole(self._staging / name, index_of(layouts))
+        written = {n: files.stamp(self._staging / n) for n in self._names() if n != MANIFEST}
         manifest = Manifest(
             list(zip(names, sizes, strict=True)),
             (len(data), crc32(data)),
             ranks,
             datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             self._values,
+            written,
+            made.path.name if self._managed else "",
         )
         files.write_whole(self._staging / MANIFEST, manifest.to_json())
-        folder.publish(self._staging, self.path)
+        made.publish()
 
     def _failed(self, failures: Sequence[str]) -> CheckpointError:
         return CheckpointError(

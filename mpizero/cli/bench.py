@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from mpizero.api import World, init
+from mpizero.cli import outputs
 from mpizero.measure import seconds_of
 
 _DTYPES = {
@@ -71,6 +72,8 @@ def bench(
         names = tuple(n for n in _ALGORITHMS if n == "auto" or n in world.algorithms("all_reduce"))
     rows: list[Row] = []
     if world.rank == 0:
+        outputs.check(json_file, _are_rows, "bench", "--json")
+        outputs.check_picture(plot_file, "bench")
         click.echo(f"{world.size} ranks on {world.node_count} node(s), {dtype}, times in us")
         click.echo(f"{'bytes':>12} {'algorithm':<18} {'time':>12} {'algbw':>8} {'busbw':>8}  GB/s")
     for nbytes in _sizes(_bytes(smallest), _bytes(largest)):
@@ -83,7 +86,8 @@ def bench(
                     + ("" if row.correct else "  WRONG")
                 )
     if world.rank == 0 and json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        found = json.dumps([asdict(row) for row in rows], indent=1).encode()
+        outputs.write(json_file, found, _are_rows, "bench", "--json")
     if world.rank == 0 and plot_file is not None:
         _plot(rows, plot_file, f"all-reduce, {dtype}, {world.size} ranks")
     if not all(row.correct for row in rows):
@@ -137,6 +141,16 @@ def _bytes(text: str) -> int:
         raise click.BadParameter(f"{text!r} is no size; write 4096, 64K, 16M or 1G") from None
 
 
+def _are_rows(data: bytes) -> bool:
+    """Is it what ``--json`` has written before?"""
+    names = {each.name for each in fields(Row)}
+    try:
+        rows = json.loads(data)
+        return isinstance(rows, list) and rows != [] and all(set(row) == names for row in rows)
+    except (ValueError, TypeError):
+        return False
+
+
 def _plot(rows: list[Row], path: Path, title: str) -> None:
     import matplotlib
 
@@ -152,4 +166,4 @@ def _plot(rows: list[Row], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    outputs.write_picture(figure, path, "bench", dpi=120)

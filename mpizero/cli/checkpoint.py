@@ -17,6 +17,7 @@ from mpizero.checkpoint import (
     newest,
 )
 from mpizero.checkpoint.format import FileLayout
+from mpizero.checkpoint.notes import lookalikes
 from mpizero.checkpoint.progress import Progress
 from mpizero.errors import MpizeroError
 
@@ -58,6 +59,8 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
             click.echo(f"{'':>12}{each['name']}  {each['dtype']}  {each['shape']}")
     for left in leftovers(found.path.parent):
         click.echo(f"left over by a save that did not end: {left} (the next save removes it)")
+    for each in lookalikes(found.path.parent):
+        click.echo(f"called like a left-over, but nothing proves that it is one: {each} (it stays)")
 
 
 @checkpoint.command()

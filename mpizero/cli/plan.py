@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mpizero.cli.outputs import check_picture
 from mpizero.cli.plan_output import as_document, draw, show
 from mpizero.cli.quantity import memory_size, number
 from mpizero.errors import MpizeroError
@@ -100,6 +101,7 @@ def plan_command(
     """
     if (model is None) == (parameters is None):
         raise click.UsageError("give either --parameters NUMBER or MODULE:FUNCTION, not both")
+    check_picture(plot_file, "plan")
     try:
         where = Ranks(ranks, ranks_per_node or max(1, ranks))
         if parameters is not None:

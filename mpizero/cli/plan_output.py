@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mpizero.cli.outputs import write_picture
 from mpizero.plan import Limits, Machine, Memory, Plan, Ranks, StagePlan, plan
 
 _KINDS = {
@@ -101,7 +102,7 @@ def draw(found: Plan, machine: Machine, limits: Limits, file: Path) -> None:
     axes[0][0].legend()
     figure.suptitle(_headline(found), fontsize=9)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    write_picture(figure, file, "plan", dpi=120)
     plt.close(figure)
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import click
 
+from mpizero.cli import outputs
 from mpizero.cli.trace_plot import draw
 from mpizero.diagnostics.summary import RankSummary, read_events, summarise
 from mpizero.errors import ArgumentError
+from mpizero.outputs import MARK
+
+_MERGED = {"made": f"{MARK}: all ranks of a job"}  # the format has a place for such words
 
 
 @click.group()
@@ -24,6 +28,8 @@ def trace() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print data.")
 def summary(folder: Path, plot: Path | None, merge: Path | None, as_json: bool) -> None:
     """Print where the time of each rank went, and which rank the others waited for."""
+    outputs.check(merge, _is_merged, "trace summary", "--merge")
+    outputs.check_picture(plot, "trace summary")
     try:
         events = read_events(folder)
     except ArgumentError as error:
@@ -34,9 +40,15 @@ def summary(folder: Path, plot: Path | None, merge: Path | None, as_json: bool) 
     else:
         click.echo(table(ranks))
     if merge is not None:
-        merge.write_text(json.dumps({"traceEvents": events}))
+        text = json.dumps({"otherData": _MERGED, "traceEvents": events})
+        outputs.write(merge, text.encode(), _is_merged, "trace summary", "--merge")
     if plot is not None:
         draw(events, ranks, plot)
+
+
+def _is_merged(data: bytes) -> bool:
+    """Is it what ``--merge`` has written before?"""
+    return data.startswith(json.dumps({"otherData": _MERGED}).encode()[:-1])
 
 
 def table(ranks: list[RankSummary]) -> str:

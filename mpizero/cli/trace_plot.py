@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpizero.cli.outputs import write_picture
 from mpizero.diagnostics.summary import RankSummary
 
 _PROGRAM = {
@@ -62,7 +63,7 @@ def draw(events: Sequence[dict[str, Any]], ranks: Sequence[RankSummary], file: P
         frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.6,
     )  # fmt: skip
     figure.tight_layout()
-    figure.savefig(file, dpi=130, bbox_inches="tight")
+    write_picture(figure, file, "trace summary", dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 

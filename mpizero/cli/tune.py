@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from mpizero.api import World, init
-from mpizero.collectives.tuning import ALL_BYTES, Rules, Tuning, case, save
+from mpizero.collectives.tuning import ALL_BYTES, Rules, Tuning, case, check_file, save
+from mpizero.errors import ArgumentError
 from mpizero.measure import seconds_of
 
 _SIZES = [4**k for k in range(4, 14)]  # 256 B to 64 MiB
@@ -31,6 +32,11 @@ def tune(seconds: float, largest: int) -> None:
     world = init()
     if world.size == 1:
         raise click.ClickException("one rank has nothing to choose: start it with mpirun -n ...")
+    if world.rank == 0:
+        try:
+            check_file()
+        except ArgumentError as error:
+            raise click.ClickException(str(error)) from error
     one_node = world.node_count == 1
     rules: dict[str, Rules] = {}
     bucket_bytes = Tuning().bucket_bytes

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpizero import outputs
 from mpizero.world.startup import load_mpi
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Rules = tuple[tuple[int, str], ...]  # (up to this many bytes, algorithm), ascending; the last: all
 
 ALL_BYTES = 1 << 62
+
+_SETTING = ("tune", "MPIZERO_TUNING")  # the command, and where users say which file
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,25 @@ def find(ranks_per_node: int, nodes: int) -> Tuning:
 
 
 def save(tuning: Tuning, ranks_per_node: int, nodes: int) -> Path | None:
-    """Keep a table for jobs like this one; returns the file (None: switched off)."""
+    """Keep a table for jobs like this one; returns the file (None: switched off).
+
+    Raises ArgumentError for a file that holds other things.
+    """
     path = tuning_file()
     if path is None:
         return None
     tables = _tables(path)
     tables[job_key(ranks_per_node, nodes)] = asdict(tuning)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(tables, indent=1))
-    draft.replace(path)  # readers see the old file or the new one
+    outputs.write(path, json.dumps(tables, indent=1).encode(), _are_tables, *_SETTING)
     return path
+
+
+def check_file() -> None:
+    """Raise ArgumentError if the file that tables are kept in is somebody's for other things."""
+    path = tuning_file()
+    if path is not None:
+        outputs.refuse_foreign(path, _are_tables, *_SETTING)
 
 
 def _read(key: str) -> Tuning:
@@ -113,16 +124,27 @@ def _read(key: str) -> Tuning:
     if path is None:
         return BUILT_IN
     table = _tables(path).get(key)
-    if table is None:
-        return BUILT_IN
+    return _parsed(table, str(path)) or BUILT_IN
+
+
+def _parsed(table: Any, source: str) -> Tuning | None:
+    """A table as ``save`` has written it; None for anything else."""
     try:
         rules = {
             str(name): tuple((int(limit), str(algorithm)) for limit, algorithm in given)
             for name, given in table["rules"].items()
         }
-        return Tuning(rules, int(table["bucket_bytes"]), str(path))
+        return Tuning(rules, int(table["bucket_bytes"]), source)
     except (KeyError, TypeError, ValueError, AttributeError):
-        return BUILT_IN
+        return None
+
+
+def _are_tables(data: bytes) -> bool:
+    try:
+        tables = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(tables, dict) and all(_parsed(each, "") for each in tables.values())
 
 
 def _tables(path: Path) -> dict[str, Any]:

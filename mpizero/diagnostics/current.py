@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TextIO, TypeVar
 
 from mpizero.diagnostics import stacks
 from mpizero.diagnostics.between_nodes import OtherNodes
@@ -18,7 +18,7 @@ from mpizero.diagnostics.node import NodeRecords
 from mpizero.diagnostics.orphans import abort
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.starting import watched_start
-from mpizero.diagnostics.trace import Tracer
+from mpizero.diagnostics.trace import Tracer, open_file
 from mpizero.diagnostics.watchdog import Watchdog
 from mpizero.errors import ArgumentError
 
@@ -110,9 +110,30 @@ def _start_trace(group: Group, folder: Path) -> None:
     global _tracer
     if _tracer is not None:
         raise ArgumentError("trace()", "folder", repr(str(folder)), "one trace at a time")
+    file = _open_together(group, folder)
     offset = offset_to_root(group)
     origin = group.comm.bcast(time.monotonic_ns())
-    _tracer = recorder().listener = Tracer(folder, group.rank, group.size, offset, origin)
+    _tracer = recorder().listener = Tracer(file, group.rank, group.size, offset, origin)
+
+
+def _open_together(group: Group, folder: Path) -> TextIO:
+    """Every rank's file of a trace; where one cannot be had, all ranks raise its error."""
+    file, refusal = None, None
+    try:
+        file = open_file(folder, group.rank)
+    except ArgumentError as error:
+        refusal = error.given, error.allowed
+    refusals = group.comm.allgather(refusal)
+    first = next((rank for rank, each in enumerate(refusals) if each is not None), None)
+    if file is not None and first is None:
+        return file
+    if file is not None:
+        file.close()
+    given, allowed = refusals[first or 0]
+    where = f" (rank {first})" if group.size > 1 else ""
+    failure = ArgumentError("trace()", "folder", given + where, allowed)
+    failure.reported_elsewhere = first != group.rank
+    raise failure
 
 
 def _stop_trace() -> None:

@@ -8,7 +8,10 @@ for the time that it waited for other ranks to come.
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
+import stat
 import threading
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,21 +25,48 @@ _EVENTS_AT_ONCE = 512
 _ROWS = {"program": 0, "blocking": 1, "waiting": 1, "asynchronous": 2}
 
 
+# How a file of ours begins: by this an earlier one is known, and may be written anew.
+_BEGINNING = re.compile(
+    rb'\[\n\{"ph": "M", "name": "process_name", "pid": \d+, "args": \{"name": "rank '
+)
+
+
+def open_file(folder: Path, rank: int) -> TextIO:
+    """The file of a rank, as it is: empty, or an earlier trace.
+
+    Raises ArgumentError if it cannot be written, and for a file that no trace has written.
+    """
+    path = folder / f"trace-rank-{rank:04d}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise ArgumentError(
+            "trace()", "folder", f"{str(folder)!r} ({error.strerror})", "one to be written"
+        ) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode) or not _is_ours(os.pread(handle, 200, 0)):
+        os.close(handle)
+        raise ArgumentError(
+            "trace()", "folder", f"{str(folder)!r}, where {path.name} is no trace of ours",
+            "a new folder, or one of earlier traces",
+        )  # fmt: skip
+    return os.fdopen(handle, "r+")
+
+
+def _is_ours(beginning: bytes) -> bool:
+    return not beginning or _BEGINNING.match(beginning) is not None
+
+
 class Tracer:
-    """Writes this rank's events into ``folder``; a listener of the recorder's.
+    """Writes this rank's events into a file (see ``open_file``); a listener of the recorder's.
 
     ``offset``: what to add to this rank's clock to get rank 0's, in ns; ``origin``: when the trace
-    begins, on rank 0's clock. Raises ArgumentError for a folder that cannot be written.
+    begins, on rank 0's clock.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int, offset: int, origin: int) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = (folder / f"trace-rank-{rank:04d}.json").open("w")
-        except OSError as error:
-            raise ArgumentError(
-                "trace()", "folder", f"{str(folder)!r} ({error.strerror})", "one to be written"
-            ) from error
+    def __init__(self, file: TextIO, rank: int, size: int, offset: int, origin: int) -> None:
+        self._file = file
+        file.truncate(0)
         self._rank, self._shift = rank, offset - origin
         self._lock = threading.Lock()
         self._waiting: list[dict[str, Any]] = []
@@ -46,6 +76,7 @@ class Tracer:
         for kind in ("program", "blocking", "asynchronous"):
             row = {"ph": "M", "name": "thread_name", "pid": rank, "tid": _ROWS[kind]}
             self._put({**row, "args": {"name": kind}})
+        self._flush()
 
     def call(self, call: Ended) -> None:
         ranks, _, kind = call.lane.rpartition(" ")

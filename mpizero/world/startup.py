@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpizero.errors import ArgumentError, LaunchError
 from mpizero.world.launcher import Launch, refuse_singleton
+from mpizero.world.segments import noted
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,7 +26,9 @@ def start_mpi(launch: Launch | None) -> MPI.Intracomm:
     if mpi.Is_finalized():
         raise LaunchError("init(): MPI was finalised already; it cannot start twice in a process.")
     if not mpi.Is_initialized():
-        mpi.Init_thread(_wanted_level(mpi))
+        level = _wanted_level(mpi)
+        with noted():
+            mpi.Init_thread(level)
     # Child processes (DataLoader workers) must never start MPI by importing mpi4py.MPI: they have
     # inherited this rank's launcher variables and would pose as it.
     os.environ["MPI4PY_RC_INITIALIZE"] = "0"

@@ -12,7 +12,7 @@ from typing import Any
 from mpizero import ArgumentError, CheckpointError, PreemptionGuard, World
 from mpizero.checkpoint import PendingSave, exists, folder
 from mpizero_torch.checkpointing.axes import Axes
-from mpizero_torch.checkpointing.save import load, save
+from mpizero_torch.checkpointing.save import load, save_run
 from mpizero_torch.runtime import init
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -58,11 +58,9 @@ class CheckpointManager:
         self._saved: int | None = None  # the step that was saved last
         self.extra: dict[str, Any] = {}
         self._pending: PendingSave | None = None
+        self._staying: set[Path] = set()  # older ones that are not as they were saved
         if self.world.rank == 0:
-            for each in folder.leftovers(self.directory):
-                folder.recover(self.directory / each.name.split(".")[0])
-            for each in folder.leftovers(self.directory):
-                folder.discard(each)
+            folder.tidy(self.directory)
         self.world.barrier()
 
     def step(self, step: int, **extra: Any) -> bool:
@@ -95,9 +93,9 @@ class CheckpointManager:
                 return False
             self.wait()
         path = self.directory / f"step-{step:08}"
-        self._pending = save(
+        self._pending = save_run(
             path, **self._run, extra={**extra, "step": step},
-            asynchronous=self._asynchronous, world=self._of,
+            asynchronous=self._asynchronous, world=self._of, managed=True,
         )  # fmt: skip
         self._last, self._saved = time.monotonic(), step
         if self._pending is None:
@@ -159,4 +157,18 @@ class CheckpointManager:
     def _clean(self) -> None:
         if self.world.rank == 0:
             for step in self.steps()[: -self._keep]:
-                folder.discard(self.directory / f"step-{step:08}")
+                self._remove(self.directory / f"step-{step:08}")
+
+    def _remove(self, path: Path) -> None:
+        """One that a manager has saved, and nothing else that may be called so."""
+        if path in self._staying or not folder.is_managed(path):
+            return
+        found = folder.discard(path)
+        if found.changed:
+            self._staying.add(path)
+            _log.warning(
+                "%s stays: %s not as saved. Remove it yourself if nobody needs it.",
+                path, ", ".join(found.changed) + (" is" if len(found.changed) == 1 else " are"),
+            )  # fmt: skip
+        elif found.others:
+            _log.warning("%s is removed but for what others put there: %s", path, found.others)

@@ -35,7 +35,6 @@ from mpizero_torch.wrapper import DistributedModule
 EXTRA = "extra"
 
 
-@diagnostics.spanned("checkpoint")
 def save(
     path: str | os.PathLike[str],
     *,
@@ -69,6 +68,30 @@ def save(
     Raises CheckpointError on every rank if one cannot write (what was there before stays), and
     ArgumentError for what only a pickle could hold.
     """
+    return save_run(
+        path, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, extra=extra,
+        asynchronous=asynchronous, largest_file=largest_file, writers_per_node=writers_per_node,
+        writer=writer, world=world,
+    )  # fmt: skip
+
+
+@diagnostics.spanned("checkpoint")
+def save_run(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    asynchronous: bool = False,
+    largest_file: int = LARGEST_FILE,
+    writers_per_node: int | None = None,
+    writer: str = "auto",
+    world: World | None = None,
+    managed: bool = False,
+) -> PendingSave | None:
+    """What ``save`` does; ``managed``: a ``CheckpointManager`` may remove it again."""
     world = _world_of(model, world)
     parts, values = collect(
         world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
@@ -78,6 +101,7 @@ def save(
     job = Save(
         Path(path), everyone, parts, values,
         largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
+        managed=managed,
     )  # fmt: skip
     return carry_out(job, everyone, asynchronous)
 

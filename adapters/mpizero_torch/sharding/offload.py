@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,17 @@ class StateOnDisk:
     """Keeps tensors of state in memory-mapped files of a folder of its own, gone with it.
 
     The kernel writes pages back and drops them as it needs the room. ``folder``: on a local disk;
-    by default where temporary files go (which may be memory, on some machines).
+    by default where temporary files go (which may be memory, on some machines). What somebody else
+    puts into the folder stays, and so does the folder then.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="mpizero-state-", dir=folder))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, too
+        self._made: list[tuple[Path, tuple[int, int]]] = []  # with device and inode
+        weakref.finalize(self, _remove, os.getpid(), self._folder, self._made)  # at exit, too
         self._known: dict[int, torch.Tensor] = {}
-        self._count = 0
         self.nbytes = 0
 
     def take(self, state: dict[str, Any]) -> None:
@@ -86,12 +88,27 @@ class StateOnDisk:
 
     def zeros(self, count: int, dtype: Any) -> Any:
         """A zeroed 1-D array in a file."""
-        self._count += 1
-        path = self._folder / f"{self._count}.bin"
         dtype = np.dtype(dtype)
         nbytes = max(1, count) * dtype.itemsize
-        mapped = np.memmap(path, np.uint8, "w+", shape=(nbytes,))
+        path = self._folder / f"{len(self._made) + 1}.bin"
+        with path.open("x+b") as file:
+            found = os.fstat(file.fileno())
+            self._made.append((path, (found.st_dev, found.st_ino)))
+            mapped = np.memmap(file, np.uint8, "r+", shape=(nbytes,))
         self.nbytes += nbytes
         # A plain array over the mapping: torch asks no more of it.
-        found: np.ndarray[Any, Any] = np.asarray(mapped)[: count * dtype.itemsize].view(dtype)
-        return found
+        array: np.ndarray[Any, Any] = np.asarray(mapped)[: count * dtype.itemsize].view(dtype)
+        return array
+
+
+def _remove(pid: int, folder: Path, made: list[tuple[Path, tuple[int, int]]]) -> None:
+    """Remove the files that this process (no fork of it) has made, and their folder, if empty."""
+    if os.getpid() != pid:
+        return
+    for path, made_as in made:
+        with suppress(OSError):
+            found = path.lstat()
+            if (found.st_dev, found.st_ino) == made_as:
+                path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
