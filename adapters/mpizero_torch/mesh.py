@@ -35,6 +35,21 @@ class Mesh(mpizero.Mesh):
             self._device_mesh = self._make_device_mesh()
         return self._device_mesh
 
+    def close(self) -> None:
+        """Give the sub-worlds back, and destroy the groups that ``device_mesh`` has of its own.
+
+        Collective over the mesh's World, which stays, as does the default process group.
+        """
+        made, self._device_mesh = self._device_mesh, None
+        if made is not None:
+            import torch.distributed as dist
+
+            known = dist.distributed_c10d._world.pg_map  # what the user has not destroyed
+            for group in made.get_all_groups() if dist.is_initialized() else []:
+                if group in known and group is not dist.GroupMember.WORLD:
+                    dist.destroy_process_group(group)
+        super().close()
+
     def _make_device_mesh(self) -> DeviceMesh:
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh

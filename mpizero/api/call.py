@@ -17,6 +17,7 @@ from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
 from mpizero.world import Group
+from mpizero.world.holdings import Hold
 from mpizero.world.survival import lifeline, translated
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class Caller:
         self._blocking = dispatch(group.comm)
         self._background = self._blocking if in_order else dispatch(group.background)
         self._worker = worker
+        # What these ranks hold together, as long as calls can be made or are under way: whatever
+        # is to be carried out refers to this Caller.
+        self.hold: Hold | None = None
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
         """Prepare a call, agree on it with the other ranks, and carry it out.
@@ -129,11 +133,11 @@ class Caller:
     def open_for(self, function: str) -> None:
         """Nothing: the world has not been closed."""
 
-    def close(self) -> None:
-        """Give back what the algorithms have of their own. Collective."""
-        self._blocking.close()
-        if self._background is not self._blocking:
-            self._background.close()
+    @property
+    def dispatches(self) -> tuple[Dispatch, ...]:
+        """Who carries calls out."""
+        both = self._blocking, self._background
+        return both[:1] if self._in_order else both
 
     @property
     def plans(self) -> Plans | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import weakref
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ from mpizero.world.startup import load_mpi, start_mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_worlds: list[World] = []
+# A World belongs to its communicator, and goes with that where nobody else has it.
+_worlds: list[weakref.ref[World]] = []
 _keyval: int | None = None  # under which a communicator knows its World, until it is freed
 _device: Device | None = None
 
@@ -87,7 +89,7 @@ def _start(
         if not _worlds and comm.size > 1:
             diagnostics.end_with_launcher(comm.rank)
         install_abort_hooks(comm)  # first: a rank that fails from here on must not be waited for
-        others = any(not known.closed for known in _worlds)
+        others = bool(_open_worlds())
         world = reform.start(comm, device, others) if elastic else World(comm, device)
         unname_segments(world.node_comm)
         if not elastic:
@@ -95,9 +97,14 @@ def _start(
         diagnostics.trace_if_asked(world)
         if not _worlds:
             atexit.register(_leave)
-        _worlds[:] = [*(known for known in _worlds if not known.closed), world]
+        _worlds[:] = [weakref.ref(each) for each in (*_open_worlds(), world)]
         comm.Set_attr(_keyval, world)
     return world
+
+
+def _open_worlds() -> list[World]:
+    found = [each() for each in _worlds]
+    return [world for world in found if world is not None and not world.closed]
 
 
 def _bind(launch: Launch | None) -> Device:
@@ -119,8 +126,7 @@ def _refuse_children(launch: Launch | None) -> None:
 def _leave() -> None:
     diagnostics.recorder().leave()
     survivors = reform.current()
-    for world in [*_worlds, survivors] if survivors is not None else _worlds:
-        if not world.closed:
-            abort_if_failed(world.comm)
-            world.finish()
+    for world in _open_worlds() + ([] if survivors is None else [survivors]):
+        abort_if_failed(world.comm)
+        world.finish()
     diagnostics.stop_watching()

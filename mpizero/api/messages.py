@@ -30,7 +30,8 @@ class MessageCalls(Calls):
         self._check_rank("send()", "to", to)
         self._messages.check_tag("send()", tag)
         source = self._open(x, "send()", "x", writable=False)
-        message = self._messages.send(source, to, tag, describe("send", source, f"to {to}", tag))
+        what = describe("send", source, f"to {to}", tag)
+        message = self._messages.send(source, to, tag, what, self._caller.hold)
         if asynchronous:
             return message
         message.wait()
@@ -57,5 +58,5 @@ class MessageCalls(Calls):
         target = self._open(x, "recv()", "x", writable=True)
         sender = "from any rank" if source is None else f"from {source}"
         what = describe("recv", target, sender, "any tag" if tag is None else tag)
-        message = self._messages.receive(target, source, tag, what)
+        message = self._messages.receive(target, source, tag, what, self._caller.hold)
         return message if asynchronous else message.wait()

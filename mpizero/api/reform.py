@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError
-from mpizero.world import survival
+from mpizero.world import holdings, survival
 from mpizero.world.abort import end_quietly
 from mpizero.world.device import Device
 
@@ -72,6 +72,7 @@ def reform() -> World:
         raise RuntimeError("there is nobody who could have died")
     device, awareness, before = old.device, old.cuda_awareness, old.size
     old.abandon(lifeline.died())
+    holdings.forget_all()
     lifeline = survival.use(lifeline.shrink())
     gc.collect()  # what the old world's arrays held
     try:

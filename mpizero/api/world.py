@@ -16,11 +16,11 @@ from mpizero.collectives import tuning
 from mpizero.collectives.agreement import Agreement
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.diagnostics import Lanes, recorded
-from mpizero.errors import ArgumentError
+from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
 from mpizero.progress import Handle, Messages, Worker, has_core, overlaps
-from mpizero.world import Device
+from mpizero.world import Device, holdings
 from mpizero.world.startup import load_mpi
 from mpizero.world.survival import lifeline, track
 
@@ -60,7 +60,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         self._worker = Worker(overlapping, device.activate, lanes.waiting, in_order, has_core(self))
         self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
-        self._node_memory = NodeMemory(self.node_comm)
+        name = holdings.new_name(self.comm)
+        node_ranks = [self.job_ranks[rank] for rank in self.node_ranks]
+        memory_name = (*name, self.node_leaders[self.node_index])
+        self._node_memory = NodeMemory(self.node_comm, memory_name, node_ranks)
         self.tuning = tuning.load(self.comm, self.local_size, self.node_count)
         self._caller: Any = Caller(
             self,
@@ -71,6 +74,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
             lanes,
             in_order,
         )
+        self._hold_together(name)
         self.closed = False
         self.mesh: Mesh | None = None  # of which it is an axis
         self._plans = self._caller.plans
@@ -78,6 +82,23 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         self._node: World | None = None
         if self.node_count > 1:
             self._node = World(self.node_comm, device, self.cuda_awareness, threaded=threaded)
+
+    def _hold_together(self, name: holdings.Name) -> None:
+        """From here on the ranks have this World, each as long as it needs it."""
+        comms, messages, lanes = self.comms, self._messages, self._lanes
+        dispatches, memory = self._caller.dispatches, self._node_memory
+
+        def give_back() -> None:
+            messages.close()
+            lanes.give_back(messages.lanes)
+            for dispatch in dispatches:
+                dispatch.close()
+            memory.close()
+            for comm in comms:
+                comm.Free()
+
+        self._caller.hold = holdings.hold(name, self.job_ranks, give_back)
+        self._worker.end_with(self._caller.hold)
 
     @property
     def node(self) -> World:
@@ -98,7 +119,9 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         """Part the ranks into sub-worlds: one for each ``color``, ordered by ``key``, then rank.
 
         Collective (MPI 4.1, section 7.4.2). Ranks that give None get None. MPIs have room for some
-        hundreds of sub-worlds at a time: ``close()`` those that are done.
+        hundreds of sub-worlds at a time. ``close()`` gives one back; one that all of its ranks have
+        let go of, by ``let_go()`` or since nothing refers to it, is given back when these ranks, or
+        more, make another or allocate memory.
         """
 
         def prepare() -> Call:
@@ -118,7 +141,8 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         common. ``in_order``: blocking and asynchronous calls have one order, in which a call may be
         blocking on one rank and asynchronous on another; and the latter get a thread wherever MPI
         allows it. Raises ArgumentError for ranks that are not of this world or come twice, and
-        MismatchError where they stand in another order on another rank. ``close()`` gives it back.
+        MismatchError where they stand in another order on another rank. Given back as those of
+        ``split`` are.
         """
         listed = list(ranks)
         if not listed or len({*listed}) < len(listed) or not {*listed} <= {*range(self.size)}:
@@ -130,7 +154,11 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         what = f"subworld({listed})"
         with recorded(Lanes.forming(self, listed), what):
             comm = self.comm_of(sorted(listed))
-            Agreement(comm, None).reach(what)
+            try:
+                Agreement(comm, None).reach(what)
+            except MismatchError:
+                comm.Free()
+                raise
             if listed != sorted(listed):
                 whole, comm = comm, track(comm.Split(0, listed.index(self.rank)))
                 whole.Free()
@@ -175,6 +203,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         Collective. ``count`` elements; in private memory where the node has no room to share (said
         once) or there is only one rank. Freed when all ranks have let go of it.
         """
+        self._caller.open_for("allocate()")
         if self.local_size == 1:
             return np.zeros(count, dtype)
         with recorded(self._lanes.memory, f"allocate({count}, {np.dtype(dtype)})"):
@@ -186,6 +215,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         Collective. None where the node has no room for it (said once). What one rank writes the
         others see after the next collective call that all take part in.
         """
+        self._caller.open_for("allocate_common()")
         if self.local_size == 1:
             return np.zeros(count, dtype)
         with recorded(self._lanes.memory, f"allocate_common({count}, {np.dtype(dtype)})"):
@@ -254,9 +284,24 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
             self._node.close()
         while self._parts:
             self._parts.popitem()[1].close()
-        self._caller.close()
-        self._node_memory.close()
-        self.free()
+        holdings.settle(self.comm, self.job_ranks)
+        name = self._caller.hold.name
+        self._shut()
+        holdings.give_back(name)
+
+    def let_go(self) -> None:
+        """Like ``close`` to this rank, which asks no other: not collective.
+
+        What is under way goes on, and what is held is given back once all ranks have let go: when
+        they make another World, or allocate memory, these ranks alone or with others.
+        """
+        if not self.closed:
+            if self._node is not None:
+                self._node.let_go()
+            self._parts.clear()
+            self._shut()
+
+    def _shut(self) -> None:
         self._caller, self._plans, self.closed = ClosedCaller(), None, True
 
     def abandon(self, error: BaseException) -> None:
@@ -272,4 +317,4 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         while self._parts:
             self._parts.popitem()[1].abandon(error)
         self._node_memory.abandon()
-        self._caller, self._plans, self.closed = ClosedCaller(), None, True
+        self._shut()

@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 class Lanes:
     """``waiting`` is no call: this rank's program waits for an asynchronous one.
 
-    ``memory``: of the ranks of this node, who allocate memory together.
+    ``memory``: of the ranks of this node, who allocate memory together. ``start``: from which
+    number on calls are counted, on all ranks: those of a World that was before had smaller ones.
     """
 
     blocking: Lane
     asynchronous: Lane
     waiting: Lane
     memory: Lane
+    start: int
+    job_ranks: tuple[int, ...]
 
     @classmethod
     def of(cls, group: Group, in_order: bool = False) -> Lanes:
-        """New ones for a group. The same on all of its ranks."""
+        """Those of a group, which are nobody else's. Collective."""
         name = as_ranges(group.job_ranks)
         kinds = (IN_ORDER_BLOCKING, IN_ORDER) if in_order else (BLOCKING, ASYNCHRONOUS)
         blocking, asynchronous, waiting = (
@@ -45,18 +48,34 @@ class Lanes:
         if group.node_count > 1:
             node_ranks = as_ranges(group.job_ranks[rank] for rank in group.node_ranks)
             memory = recorder().lane(node_ranks, BLOCKING)
-        return cls(blocking, asynchronous, waiting, memory)
+        four = blocking, asynchronous, waiting, memory
+        start = max(group.comm.allgather(max(lane.sequence for lane in four)))
+        for lane in four:
+            lane.sequence = start
+        return cls(*four, start, group.job_ranks)
 
-    def between(self, group: Group, source: int, to: int) -> Lane:
+    def between(self, source: int, to: int) -> Lane:
         """A new one for the messages that one rank of the group sends to another.
 
         The two count them alike, whichever other worlds they have messages in.
         """
-        both = as_ranges(group.job_ranks[rank] for rank in (source, to))
-        kind = f"messages {source} to {to} of {self.blocking.name}"
-        return recorder().lane(both, kind)
+        both = as_ranges(self.job_ranks[rank] for rank in (source, to))
+        lane = recorder().lane(both, f"messages {source} to {to} of {self.blocking.name}")
+        lane.sequence = self.start
+        return lane
+
+    def give_back(self, between: Iterable[Lane]) -> None:
+        """They are in use no more, nor are those ``between`` two ranks."""
+        every = {id(lane): lane for lane in (*self._four, *between)}.values()
+        last = max(lane.sequence for lane in every)
+        for lane in every:
+            lane.give_back(last)
+
+    @property
+    def _four(self) -> tuple[Lane, ...]:
+        return self.blocking, self.asynchronous, self.waiting, self.memory
 
     @staticmethod
     def forming(group: Group, ranks: Iterable[int]) -> Lane:
-        """A new one for some ranks of the group that are about to form one of their own."""
-        return recorder().lane(as_ranges(group.job_ranks[rank] for rank in ranks), BLOCKING)
+        """The one for ranks of the group that are about to form one of their own."""
+        return recorder().forming(as_ranges(group.job_ranks[rank] for rank in ranks), BLOCKING)

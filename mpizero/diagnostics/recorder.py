@@ -6,12 +6,15 @@ bytes. What is written, others read: see ``record`` for the memory, ``watchdog``
 
 from __future__ import annotations
 
+import heapq
 import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import CodeType, FrameType
@@ -74,7 +77,7 @@ class Listener(Protocol):
 class _Code(NamedTuple):
     """Whose a function is, and the texts of its lines that have made calls."""
 
-    code: CodeType  # kept: another could get its place in memory
+    code: weakref.ref[CodeType]  # forgotten with it: another may get its place in memory
     is_users: bool
     lines: dict[int, int]
 
@@ -98,7 +101,9 @@ class Recorder:
         self._next = count(1).__next__  # threads may draw at once
         self._words = memoryview(self._memory).cast("q")
         self._places: dict[int, _Code] = {}
-        self._lanes: dict[str, int] = {}
+        self._lanes: dict[str, int] = {}  # how many there have been of a name
+        self._forming: dict[str, Lane] = {}
+        self._idle: dict[str, list[tuple[int, int]]] = {}  # given back: their numbers, and calls
 
     def place(self, rank: int, size: int, node: int, job: int) -> None:
         """Say which rank of how many, on which node, of which job this process is."""
@@ -106,10 +111,29 @@ class Recorder:
         header[AT_RANK], header[AT_SIZE], header[AT_NODE], header[AT_JOB] = rank, size, node, job
 
     def lane(self, ranks: str, kind: str) -> Lane:
-        """A new lane: calls that ``ranks`` make together, in an order of their own."""
+        """A lane: calls that ``ranks`` make together, in an order of their own.
+
+        A new one, or one that has been given back, which goes on where that one ended.
+        """
+        idle = self._idle.get(f"{ranks} {kind}")
+        return self._open(ranks, kind, *(heapq.heappop(idle) if idle else ()))
+
+    def forming(self, ranks: str, kind: str) -> Lane:
+        """The lane for what ``ranks`` do before they have a way to agree on one."""
+        found = self._forming.get(ranks)
+        if found is None:
+            found = self._forming[ranks] = self._open(ranks, kind)
+        return found
+
+    def _open(self, ranks: str, kind: str, number: int = 0, sequence: int = 0) -> Lane:
         name = f"{ranks} {kind}"
-        times = self._lanes[name] = self._lanes.get(name, 0) + 1
-        return Lane(self, name if times == 1 else f"{ranks} ({times}) {kind}")
+        if not number:
+            number = self._lanes[name] = self._lanes.get(name, 0) + 1
+        text = name if number == 1 else f"{ranks} ({number}) {kind}"
+        return Lane(self, text, partial(self._take_back, name, number), sequence)
+
+    def _take_back(self, name: str, number: int, sequence: int) -> None:
+        heapq.heappush(self._idle.setdefault(name, []), (number, sequence))
 
     def here(self) -> int:
         """The line of the user's code that is being carried out, as the offset of its text."""
@@ -127,7 +151,9 @@ class Recorder:
 
     def _new_code(self, code: CodeType) -> _Code:
         is_users = not any(part in code.co_filename for part in _NOT_THE_USERS)
-        known = self._places[id(code)] = _Code(code, is_users, {})
+        number, places = id(code), self._places
+        reference = weakref.ref(code, lambda _: places.pop(number, None))
+        known = places[number] = _Code(reference, is_users, {})
         return known
 
     def _new_line(self, known: _Code, frame: FrameType) -> int:
@@ -166,13 +192,24 @@ class Recorder:
 class Lane:
     """Calls that the same ranks make one after the other. Belongs to one thread at a time."""
 
-    def __init__(self, recorder: Recorder, name: str) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        name: str,
+        take_back: Callable[[int], None],
+        sequence: int = 0,
+    ) -> None:
         self.recorder, self.name = recorder, name
+        self._take_back = take_back
         self._text = recorder.texts.put(name)
         self._put, self._known = recorder.texts.put, recorder.texts.known
         self._memory, self._words = recorder._memory, recorder._words
         self._next = recorder._next
-        self.sequence = 0  # of the last call
+        self.sequence = sequence  # of the last call
+
+    def give_back(self, sequence: int) -> None:
+        """There will be no more calls; whoever gets the name counts on from ``sequence``."""
+        self._take_back(sequence)
 
     def begin(self, what: str, nbytes: int = 0, line: int = 0) -> int:
         """A call begins; returns where it is written down."""

@@ -13,11 +13,14 @@ import os
 import shutil
 import warnings
 import weakref
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpizero.memory.shared_file import SharedFile
+from mpizero.world import holdings
 from mpizero.world.startup import load_mpi
 from mpizero.world.survival import lifeline
 
@@ -97,16 +100,15 @@ def open_shared(comm: MPI.Intracomm, nbytes: int, common: bool = False) -> Share
 class NodeMemory:
     """Allocates arrays in shared windows of a node, and finds the other ranks' counterparts.
 
-    Windows can only be freed by all ranks of the node together, but arrays die when Python says
-    so, on each rank at its own time. So dead windows are noted and freed at the next allocation,
-    if they are dead on all ranks, or at exit.
+    A window is held (see ``holdings``) for as long as a rank has arrays in it. ``ranks``: the
+    numbers in the job of those of ``comm``; ``name``: one that is theirs alone.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, name: holdings.Name, ranks: Sequence[int]) -> None:
         self.comm = comm
+        self._name, self._ranks = name, ranks
         self._windows: dict[int, Shared] = {}  # by number, the same on all ranks of the node
         self._own: list[Shared] = []  # no arrays: whoever asked for them has them until the end
-        self._dead: set[int] = set()
         self._next = 0
         # (address of the own part, number), sorted. Replaced, never changed: the progress thread
         # may be looking for an array while this one allocates.
@@ -119,7 +121,7 @@ class NodeMemory:
         Where /dev/shm has no room for the parts of all ranks, an array in private memory, with a
         warning the first time.
         """
-        self.reclaim()
+        holdings.settle(self.comm, self._ranks)
         nbytes = count * np.dtype(dtype).itemsize
         if nbytes == 0 or not self._has_room(nbytes):
             return np.zeros(count, dtype)
@@ -135,7 +137,7 @@ class NodeMemory:
         Collective over the node. None where there is no room, with a warning the first time.
         Its pages lie near the ranks that write to them first.
         """
-        self.reclaim()
+        holdings.settle(self.comm, self._ranks)
         nbytes = count * np.dtype(dtype).itemsize
         if not self._has_room(nbytes if self.comm.rank == 0 else 0):
             return None
@@ -147,7 +149,7 @@ class NodeMemory:
 
         Collective.
         """
-        if self._fits(nbytes, share) is not None:
+        if self._lacking(nbytes, share) is not None:
             return None
         self._own.append(open_shared(self.comm, nbytes))
         return self._own[-1]
@@ -177,18 +179,11 @@ class NodeMemory:
         parts = self._windows[spot >> _OFFSET_BITS].parts
         return [part[offset:end].view(dtype) for part in parts]
 
-    def reclaim(self) -> None:
-        """Free the windows that no rank of the node uses any more. Collective over the node."""
-        everyones: list[set[int]] = self.comm.allgather(self._dead)
-        for number in sorted(set.intersection(*everyones)):
-            self._free(number)
-
     def close(self) -> None:
-        """Free what nobody uses any more. Collective over the node.
+        """Free what has no arrays. Collective over the node.
 
-        Arrays that are still in use on some rank stay where they are, to the end of the process.
+        Arrays stay where they are, and what they hold is given back like anything else.
         """
-        self.reclaim()
         while self._own:
             self._own.pop().free()
 
@@ -208,12 +203,14 @@ class NodeMemory:
 
     def _lend(self, window: Shared, number: int, dtype: Any) -> Any:
         array = window.lend().view(dtype)
+        name = (*self._name, number)
+        holdings.keep(name, self._ranks, partial(self._free, number))
         # Views refer to the array that they derive from in the end: when it dies, all have.
-        weakref.finalize(array.base, self._dead.add, number)
+        weakref.finalize(array.base, holdings.let_go, name).atexit = False
         return array
 
     def _has_room(self, nbytes: int) -> bool:
-        lacking = self._fits(nbytes)
+        lacking = self._lacking(nbytes)
         if lacking is not None:
             self._warn(lacking)
         return lacking is None
@@ -221,8 +218,15 @@ class NodeMemory:
     def _free(self, number: int) -> None:
         window = self._windows.pop(number)
         self._places = tuple(place for place in self._places if place[1] != number)
-        self._dead.discard(number)
         window.free()
+
+    def _lacking(self, nbytes: int, share: float = 1.0) -> tuple[int, int] | None:
+        """``_fits``, once all that can be is given back."""
+        lacking = self._fits(nbytes, share)
+        if lacking is not None:
+            holdings.settle(self.comm, self._ranks, thoroughly=True)
+            lacking = self._fits(nbytes, share)
+        return lacking
 
     def _fits(self, nbytes: int, share: float = 1.0) -> tuple[int, int] | None:
         """None if ``share`` of the room is enough for all ranks' parts; else (free, needed) bytes.

@@ -42,7 +42,10 @@ class Handle:
             self._advance(self)
             self._block(self)
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # which the error would refer to, and it to the error
         return self._result
 
     def run(self) -> None:
@@ -53,7 +56,9 @@ class Handle:
         try:
             self._result = work()
         except BaseException as error:  # handed to the waiting thread, whatever it is
-            self._error = error
+            # Without this function's frame, which refers to the handle that refers to the error.
+            below = error.__traceback__.tb_next if error.__traceback__ is not None else None
+            self._error = error.with_traceback(below)
         finally:
             self._finished.set()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -115,6 +116,10 @@ class Worker:
             self._thread.join()
             self._thread = None
 
+    def end_with(self, owner: object) -> None:
+        """End the thread when ``owner`` is no more, to which all refer that is under way."""
+        weakref.finalize(owner, self._submitted.put, None).atexit = False
+
     def abandon(self, error: BaseException) -> None:
         """Carry nothing more out: what is queued fails with ``error``, what is under way by itself.
 
@@ -142,6 +147,7 @@ class Worker:
         try:
             while (handle := self._submitted.get()) is not None:
                 self._run(handle)
+                del handle  # with its result, while there is nothing to do
         finally:
             shared_cores.leave()
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpizero.errors import ArgumentError
+from mpizero.world import holdings
 from mpizero.world.device import Device
 from mpizero.world.nodes import list_nodes, node_comm_of
 from mpizero.world.startup import load_mpi, thread_level
@@ -24,11 +25,14 @@ class Group:
     """Ranks that work together, with their node topology and this rank's device.
 
     Owns duplicates of the communicator it is given, so that its messages never mix with those of
-    other users of that communicator. Making one is collective over ``comm``.
+    other users of that communicator. Making one is collective over ``comm``; what these ranks have
+    let go of is given back by that.
     """
 
     def __init__(self, comm: MPI.Intracomm, device: Device) -> None:
         self.comm = track(comm.Dup())  # blocking collectives
+        self.job_ranks = self._find_job_ranks()
+        holdings.settle(self.comm, self.job_ranks)  # first: MPIs run out of communicators
         # Asynchronous ones: an order of their own, agreed by all.
         self.background = track(comm.Dup())
         self.messages = track(comm.Dup())  # between two ranks, in no order
@@ -36,7 +40,6 @@ class Group:
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.thread_level = thread_level()
-        self.job_ranks = self._find_job_ranks()
         self._find_nodes()
         self._list_nodes()
 
@@ -77,6 +80,7 @@ class Group:
         """
         if color is not None and color < 0:
             raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
+        holdings.settle(self.comm, self.job_ranks)
         mpi = load_mpi()
         part: Any = self.comm.Split(mpi.UNDEFINED if color is None else color, key)
         return None if part == mpi.COMM_NULL else track(part)
@@ -100,10 +104,10 @@ class Group:
         theirs.Free()
         return mpi.UNDEFINED not in ranks
 
-    def free(self) -> None:
-        """Give the communicators back. Collective."""
-        for comm in (self.node_comm, self.messages, self.background, self.comm):
-            comm.Free()
+    @property
+    def comms(self) -> tuple[MPI.Intracomm, ...]:
+        """Its communicators."""
+        return self.node_comm, self.messages, self.background, self.comm
 
     def __repr__(self) -> str:
         return (

@@ -20,9 +20,8 @@ class BackendView:
     supports_time_estimate = False
     supports_shrinking = False
 
-    def __init__(self, group: MpiProcessGroup) -> None:
-        self._group = group
-        self._buffers = SharedBuffers(group.world)
+    def __init__(self, group: MpiProcessGroup, buffers: SharedBuffers) -> None:
+        self._group, self._buffers = group, buffers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)

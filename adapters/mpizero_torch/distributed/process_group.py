@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from mpizero_torch.distributed.monitored import monitored_barrier
 from mpizero_torch.distributed.moving import MovingCalls
 from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.reducing import ReducingCalls
+from mpizero_torch.distributed.staging import SharedBuffers
 from mpizero_torch.distributed.works import PendingWork
 
 _BARRIER = BarrierOptions()
@@ -27,21 +28,14 @@ _DEVICES = [torch.device("cpu"), torch.device("cuda")]
 class MpiProcessGroup(ReducingCalls, MovingCalls):
     """Ranks of the job as torch's process group.
 
-    ``world``: the ranks, whose calls must be in order. ``retire`` takes it back in the end.
+    ``world``: the ranks, whose calls must be in order; it is the group's own.
     """
 
-    def __init__(
-        self,
-        world: World,
-        store: Any,
-        timeout: timedelta,
-        name: str,
-        retire: Callable[[World], None],
-    ) -> None:
+    def __init__(self, world: World, store: Any, timeout: timedelta, name: str) -> None:
         super().__init__(world.rank, world.size)
         self.world = world
-        self._store, self._timeout, self._retire = store, timeout, retire
-        self._view = BackendView(self)
+        self._store, self._timeout = store, timeout
+        self._buffers = SharedBuffers(world)
         self._is_shut_down = False
         self._group_name, self._group_desc = name, "undefined"
 
@@ -86,7 +80,8 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         return _DEVICES if self.world.device.kind == "cuda" else _DEVICES[:1]
 
     def _get_backend(self, device: torch.device) -> BackendView:
-        return self._view
+        # Made anew: the two would refer to each other, and a group that is dropped would stay.
+        return BackendView(self, self._buffers)
 
     def _set_sequence_number_for_group(self) -> None:
         pass  # ranks compare what they do in every call
@@ -145,16 +140,17 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
             return None
         name = group_name or f"{self.group_name}:split:{list(new_ranks)}"
         store = PrefixStore(f"{name}/", self._store)
-        made = MpiProcessGroup(part, store, timeout or self._timeout, name, self._retire)
+        made = MpiProcessGroup(part, store, timeout or self._timeout, name)
         made._set_group_desc(group_desc or "undefined")
         return made
 
     def shutdown(self) -> None:
-        """Finish what is under way. Collective."""
+        """Finish what is under way, and let go of the ranks: each rank for itself."""
         if not self._is_shut_down:
             self._is_shut_down = True
             self.world.finish()
-            self._retire(self.world)
+            self.world.let_go()
+            self._buffers = SharedBuffers(self.world)
 
     abort = shutdown
 

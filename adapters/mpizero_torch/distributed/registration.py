@@ -11,17 +11,13 @@ from urllib.parse import parse_qs, urlparse
 
 import torch.distributed as dist
 
-from mpizero import LaunchError, World
+from mpizero import LaunchError
 from mpizero_torch import runtime
 from mpizero_torch.distributed.c10d import distributed_c10d, rendezvous
 from mpizero_torch.distributed.process_group import MpiProcessGroup
 from mpizero_torch.distributed.store import store_of
 
 BACKEND = "mpizero"
-
-# Of groups that have been destroyed. To give them back is collective, and ranks may destroy theirs
-# in different orders; so it waits until all ranks start anew.
-_retired: list[World] = []
 
 
 def register() -> None:
@@ -49,12 +45,10 @@ def _create(options: Any, backend_options: Any) -> MpiProcessGroup:
                 "world_size and the variables RANK and WORLD_SIZE out."
             )
         ranks = list(range(world.size))
-        while _retired:
-            _retired.pop(0).close()
     part = world.subworld(ranks, in_order=True)
     if part is None:
         raise RuntimeError("torch has asked a rank that is not in the group to make it")
-    return MpiProcessGroup(part, options.store, options.timeout, options.group_id, _retired.append)
+    return MpiProcessGroup(part, options.store, options.timeout, options.group_id)
 
 
 def _through_mpi_or(stock: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

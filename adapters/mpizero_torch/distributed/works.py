@@ -80,7 +80,10 @@ class PendingWork(WorkBase):  # type: ignore[misc]
             self._wait_until(time.monotonic() + timeout.total_seconds(), timeout)
         self._complete()
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # which the error would refer to, and it to the error
         return True
 
     def is_completed(self) -> bool:
@@ -140,7 +143,8 @@ class PendingWork(WorkBase):  # type: ignore[misc]
                 if self._finish is not None:
                     self._finish()
             except Exception as error:
-                self._error = error
+                below = error.__traceback__.tb_next if error.__traceback__ is not None else None
+                self._error = error.with_traceback(below)  # without this frame, which has this work
             self._handles, self._finish = (), None
             if self._then is not None:
                 self._then()
