@@ -30,7 +30,6 @@ from support.launch import Finished, LaunchTimeoutError, mpirun
 
 PROGRAM = Path(__file__).parent / "support" / "killed_training.py"
 STEPS, EVERY = 26, 4
-SHARED = Path("/dev/shm")
 SECONDS = 60.0  # a life that has not ended by then hangs
 
 # Calls of the file layer, and how often one save makes them, about: on rank 0, and on others.
@@ -190,14 +189,7 @@ def config(
 
 def start(ranks: int, configs: Sequence[dict[str, Any]]) -> Finished:
     """Run the program to its end; raises LaunchTimeoutError if it hangs."""
-    before = set(SHARED.iterdir())
-    ended = mpirun(ranks, [str(PROGRAM), json.dumps(configs)], timeout=SECONDS)
-    if ended.returncode:  # MPI itself leaves files of ranks that were killed
-        maps = list(Path("/proc").glob("[0-9]*/maps"))
-        for left in set(SHARED.iterdir()) - before:
-            if not any(str(left) in _text(path) for path in maps):
-                left.unlink(missing_ok=True)
-    return ended
+    return mpirun(ranks, [str(PROGRAM), json.dumps(configs)], timeout=SECONDS)
 
 
 def read(folder: Path, number: int) -> Life:
@@ -219,13 +211,6 @@ def read(folder: Path, number: int) -> Life:
 def log(folder: Path, number: int) -> str:
     path = folder / f"log-{number}"
     return path.read_text() if path.exists() else ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:  # it has ended, or is another user's
-        return ""
 
 
 def complete(folder: Path) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,26 @@ def test_notes_are_what_they_were_or_none() -> None:
         assert notes.Note.parse(notes.Note("c", name, {}).to_json()) is None
     for other in (b"", b"{}", b"[]", b"null", b"{" * 100_000):
         assert notes.Note.parse(other) is None
+
+
+def test_a_child_of_a_fork_holds_nothing(tmp_path: Path) -> None:
+    """A DataLoader's worker lives on for a while when its rank has been killed."""
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        job = checkpoint.Save(tmp_path / "c", mpizero.init(), [], {})
+        job.prepare()
+        if os.fork() == 0:
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        os.write(ready[1], b"y")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(notes.leftovers(tmp_path)) == 1
+    folder.tidy(tmp_path)
+    assert names(tmp_path) == []
+    os.write(go[1], b"x")
+    for end in (*ready, *go):
+        os.close(end)

@@ -93,11 +93,6 @@ def write_note(path: Path, data: bytes) -> int:
     return handle
 
 
-def unlock(handle: int) -> None:
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
 def is_locked(path: Path) -> bool:
     """Has somebody else a lock on it?"""
     try:

@@ -18,6 +18,7 @@ import re
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,18 +83,28 @@ class Claim:
 
     def __init__(self, folder: Path, note: Note) -> None:
         """Write it. Raises OSError, FileExistsError if there is a file of that name."""
+        self._handle = -1
         self._handle = files.write_note(folder / NOTE, note.to_json())
+        _claims.add(self)
 
     def let_go(self) -> None:
         handle, self._handle = self._handle, -1
         if handle >= 0:
-            files.unlock(handle)  # also for a forked child, who has it too
             os.close(handle)
 
-    def __del__(self) -> None:
-        handle = getattr(self, "_handle", -1)
-        if handle >= 0:  # the child of a fork lets go of its own only
-            os.close(handle)
+    __del__ = let_go
+
+
+_claims: weakref.WeakSet[Claim] = weakref.WeakSet()
+
+
+def _let_go_of_all() -> None:
+    """In the child of a fork, such as a DataLoader's worker: the lock dies with the parent."""
+    for claim in list(_claims):
+        claim.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)
 
 
 def aside(path: Path, mark: str) -> Path:

@@ -13,7 +13,7 @@ from mpizero.checkpoint import files
 # The file layer, and what it writes a note with: there a death leaves a file without a word.
 CALLS = (
     "create", "open_to_write", "write_at", "sync", "close", "write_whole", "write_note",
-    "make_folder", "remove", "remove_folder", "sync_folder", "rename", "unlock", "write",
+    "make_folder", "remove", "remove_folder", "sync_folder", "rename", "write",
 )  # fmt: skip
 
 

@@ -158,6 +158,7 @@ class CheckpointManager:
         if self.world.rank == 0:
             for step in self.steps()[: -self._keep]:
                 self._remove(self.directory / f"step-{step:08}")
+            folder.tidy(self.directory)  # what was held by processes that had yet to die
 
     def _remove(self, path: Path) -> None:
         """One that a manager has saved, and nothing else that may be called so."""
