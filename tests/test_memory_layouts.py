@@ -79,7 +79,9 @@ def test_results_do_not_depend_on_how_an_array_lies(layout: str, dtype: str) -> 
     for name, call in CALLS.items():
         if name == "mean" and dtype == "int64":
             continue
-        algorithms = ("auto", "native", "ring") if name == "allreduce" and world.size > 1 else ("auto",)
+        algorithms = (
+            ("auto", "native", "ring") if name == "allreduce" and world.size > 1 else ("auto",)
+        )
         for algorithm in algorithms:
             for culprits in (range(world.size), [0], [world.size - 1]):
                 plain, odd = values.copy(), LAYOUTS[layout](values)
@@ -123,7 +125,12 @@ def test_what_lies_between_the_fields_of_a_view_stays(align: bool) -> None:
 
 
 def test_memory_without_gaps_is_shared() -> None:
-    for array in (np.zeros(3), np.zeros(3, [("a", "f8"), ("b", "i4")]), np.zeros((2, 2)), np.zeros(0)):
+    for array in (
+        np.zeros(3),
+        np.zeros(3, [("a", "f8"), ("b", "i4")]),
+        np.zeros((2, 2)),
+        np.zeros(0),
+    ):
         assert not open_array(array, "f()", "x", writable=True).is_copy
     for array in (np.zeros(0, "V0"), np.ma.masked_array([1.0])):
         with pytest.raises(mpizero.ArgumentError):

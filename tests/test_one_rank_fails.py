@@ -22,14 +22,14 @@ class NoPickle:
         raise ValueError("not to be pickled")
 
 
-class NoWords(Exception):
+class WordlessError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
 
 
 class Speechless:
     def __reduce__(self) -> NoReturn:
-        raise NoWords
+        raise WordlessError
 
 
 def rebuild(rank: int) -> str:
@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[Call, type[Exception], str]] = {
         lambda w, bad: w.gather_objects(nested(100_000) if bad else 1), RecursionError, "recursion"
     ),
     "error without words": (
-        lambda w, bad: w.gather_objects(Speechless() if bad else 1), NoWords, "NoWords"
+        lambda w, bad: w.gather_objects(Speechless() if bad else 1), WordlessError, "WordlessError"
     ),
     "rows": (wrong_rows, ArgumentError, "out"),
     "counts": (wrong_counts, MismatchError, "expected"),
@@ -169,7 +169,9 @@ def test_an_object_that_one_rank_cannot_take(size: int, culprit: int) -> None:
             with pytest.raises(KeyError, match="of no use"):
                 call()
         else:
-            with pytest.raises(MismatchError, match=rf"rank {culprit}: refused: KeyError: .*no use"):
+            with pytest.raises(
+                MismatchError, match=rf"rank {culprit}: refused: KeyError: .*no use"
+            ):
                 call()
         goes_on(world)
 

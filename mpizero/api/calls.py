@@ -30,6 +30,10 @@ class Calls(Group):
             self._caller.tell(error)
             raise
 
+    def settle(self, error: BaseException) -> None:
+        """All ranks have been told of ``error`` in another way: ``telling`` lets it pass."""
+        self._caller.settle(error)
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """What all ranks do, or none: if it fails on one rank in here, it does on all. Collective.

@@ -29,7 +29,8 @@ class ObjectCalls(Calls):
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order, on every rank. For small things.
 
-        What cannot be pickled, or unpickled, raises its own error there and MismatchError elsewhere.
+        What cannot be pickled, or unpickled, raises its own error there, and MismatchError on the
+        other ranks.
         """
         function = "gather_objects()"
 
@@ -106,9 +107,7 @@ def _room(run: Dispatch, function: str, nbytes: int) -> Any:
         return np.empty(nbytes, np.uint8)
 
 
-def _unpickled(
-    run: Dispatch, function: str, pickles: Sequence[Any], is_plain: bool
-) -> list[Any]:
+def _unpickled(run: Dispatch, function: str, pickles: Sequence[Any], is_plain: bool) -> list[Any]:
     if is_plain:  # runs no code that could fail
         return [pickle.loads(each) for each in pickles]
     with run.together(f"{function}: all has been unpickled"):

@@ -293,9 +293,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         self._caller, self._plans, self.closed = ClosedCaller(), None, True
 
 
-def _integer(
-    function: str, argument: str, value: Any, least: int, most: int | None = None
-) -> int:
+def _integer(function: str, argument: str, value: Any, least: int, most: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:

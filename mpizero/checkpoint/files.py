@@ -87,7 +87,7 @@ def rename(old: Path, new: Path) -> None:
 def open_to_read(path: Path) -> int:
     """Raises CheckpointError for what is no ordinary file."""
     try:
-        handle = os.open(path, os.O_RDONLY | _NO_LINKS)
+        handle = os.open(path, os.O_RDONLY | _NO_LINKS | os.O_NONBLOCK)  # nor wait for a pipe
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -1,8 +1,8 @@
 """Arrays of any library as flat numpy or CuPy memory, without a copy where there is a way.
 
 ``open_array`` is the one door through which users' arrays come in. What can be shared is shared;
-what MPI and fast loops cannot take as it lies (gaps between elements, addresses that are no multiple
-of an element's) is worked on in a copy that ``commit`` writes back.
+what MPI and fast loops cannot take as it lies (with gaps between elements, or at addresses that are
+no multiples of an element's size) is worked on in a copy that ``commit`` writes back.
 """
 
 from __future__ import annotations

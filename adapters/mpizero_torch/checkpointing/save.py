@@ -70,16 +70,17 @@ def save(
     ArgumentError for what only a pickle could hold.
     """
     world = _world_of(model, world)
-    parts, values = collect(
-        world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
-        extra=extra,
-    )  # fmt: skip
     everyone = Axes.of(world).everyone
-    job = Save(
-        Path(path), everyone, parts, values,
-        largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
-    )  # fmt: skip
-    return carry_out(job, everyone, asynchronous)
+    with everyone.together("save()"):
+        parts, values = collect(
+            world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
+            extra=extra,
+        )  # fmt: skip
+        job = Save(
+            Path(path), everyone, parts, values,
+            largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
+        )  # fmt: skip
+        return carry_out(job, everyone, asynchronous)
 
 
 def collect(
@@ -144,7 +145,8 @@ def load(
     read by then stays as read.
     """
     world = _world_of(model, world)
-    with Checkpoint(path, Axes.of(world).everyone) as checkpoint:
+    everyone = Axes.of(world).everyone
+    with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
             loader=loader, strict=strict, random=random,
