@@ -144,6 +144,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Are there gradients in the shards, to which the next ones are added?"""
         return any(run.has_gradient for run in self._runs)
 
+    def has(self, index: int) -> bool:
+        """Is this parameter in one of its groups?"""
+        return any(index in members for members in self._members)
+
     @property
     def inner(self) -> torch.optim.Optimizer:
         """The optimizer that was given, which updates this rank's shards."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup
-from mpizero_torch import slices
+from mpizero_torch import slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -97,6 +97,7 @@ def zero(
                 model, world=world, broadcast_buffers=broadcast_buffers
             ), optimizer
         named = list(model.named_parameters())
+        _check_dtypes(named)
         groups = _group_numbers(optimizer, named)
         slices.check("zero()", named, world)
         are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
@@ -137,6 +138,17 @@ def zero(
         if before is not None:
             sharded.load_state_dict(before)
         return module, sharded
+
+
+def _check_dtypes(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named:
+        try:
+            tensors.numpy_dtype(parameter.dtype)
+        except TypeError as error:
+            raise ArgumentError(
+                "zero()", "model", f"one whose parameter '{name}' is of {parameter.dtype}",
+                "parameters of dtypes that can travel", f"({error})",
+            ) from None  # fmt: skip
 
 
 def _group_numbers(optimizer: Any, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[int]]:
