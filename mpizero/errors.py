@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 
 class MpizeroError(Exception):
     """Root of everything that mpizero raises on its own account.
@@ -38,3 +40,30 @@ class RankDiedError(MpizeroError, RuntimeError):
 
 class CheckpointError(MpizeroError, RuntimeError):
     """A checkpoint that could not be written or read: says why, on which rank, in which file."""
+
+
+def settle(error: BaseException, group: int) -> None:
+    """Note that the ranks of a group (by its number) know of ``error``, or cannot be told."""
+    with suppress(AttributeError):  # an error that takes no notes
+        error.__dict__.setdefault("_settled_in", []).append(group)
+
+
+def is_settled(error: BaseException | None, group: int) -> bool:
+    """Has it been noted of ``error``, or of what it was raised from?"""
+    while error is not None:
+        if isinstance(error, RankDiedError) or group in getattr(error, "_settled_in", ()):
+            return True
+        error = error.__cause__
+    return False
+
+
+def in_words(error: BaseException) -> str:
+    """An error for the other ranks: one of our own says it all, others are named."""
+    try:
+        text = str(error)
+    except Exception:  # of the user's making
+        text = ""
+    if isinstance(error, MpizeroError):
+        return text
+    kind = type(error).__name__
+    return f"{kind}: {text}" if text else kind

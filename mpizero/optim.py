@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpizero.errors import ArgumentError, MismatchError
+from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import empty_like
 from mpizero.memory.dtypes import is_half, kind_of
 from mpizero.sharded import ShardedState
@@ -73,7 +73,10 @@ class ShardedOptimizer:
         Raises ArgumentError for missing names and for other shapes and dtypes, on the other ranks a
         MismatchError that quotes it; nothing has changed then.
         """
-        self._check(gradients)
+        world = self.parameters.world
+        with world.telling():
+            self._check(gradients)
+        world.agree([], "the gradients")
         means = {dtype: self._mean_gradient(dtype, gradients) for dtype in self.parameters.layouts}
         self.steps += 1
         for run in self._runs:
@@ -86,7 +89,8 @@ class ShardedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Steps, hyper-parameters, and the whole state by kind and parameter. Collective."""
         groups = [dict(group) for group in self.groups]
-        state = {kind: shards.gather() for kind, shards in self._shards().items()}
+        with self.parameters.world.together("state_dict()"):
+            state = {kind: shards.gather() for kind, shards in self._shards().items()}
         return {"steps": self.steps, "groups": groups, "state": state}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -128,30 +132,26 @@ class ShardedOptimizer:
         return self._masters.get(dtype, self.parameters.flats[dtype])
 
     def _check(self, gradients: Mapping[str, Any]) -> None:
-        """Are they of the parameters' names, shapes and dtypes, on every rank?"""
-        refusal = None
+        """Are they of the parameters' names, shapes and dtypes?"""
         for dtype, layout in self.parameters.layouts.items():
             for name, entry in layout.entries.items():
                 given = gradients.get(name)
-                if given is None or tuple(given.shape) != entry.shape or given.dtype != dtype:
-                    what = "nothing" if given is None else f"{given.dtype}, shape {given.shape}"
+                shape, of = getattr(given, "shape", None), getattr(given, "dtype", None)
+                if shape is None or tuple(shape) != entry.shape or of != dtype:
+                    what = "nothing" if given is None else f"{of}, shape {shape}"
+                    if shape is None and given is not None:
+                        what = f"a {type(given).__name__}"
                     expected = f"{dtype}, shape {entry.shape}"
-                    refusal = ArgumentError("step()", f"gradients[{name!r}]", what, expected)
-        try:
-            self.parameters.world.agree([str(refusal or "right")], "the gradients")
-        except MismatchError:
-            if refusal is None:
-                raise
-        if refusal is not None:
-            raise refusal
+                    raise ArgumentError("step()", f"gradients[{name!r}]", what, expected)
 
     def _mean_gradient(self, dtype: np.dtype[Any], gradients: Mapping[str, Any]) -> Any:
         """This rank's shard of the mean over the ranks, as wide as what it updates."""
         layout, world = self.parameters.layouts[dtype], self.parameters.world
-        size = layout.shard_size(world.size)
-        whole = _zeros_like(self.parameters.flats[dtype], size * world.size)
-        for name, entry in layout.entries.items():
-            whole[entry.place] = gradients[name].reshape(-1)
+        with world.telling():
+            size = layout.shard_size(world.size)
+            whole = _zeros_like(self.parameters.flats[dtype], size * world.size)
+            for name, entry in layout.entries.items():
+                whole[entry.place] = gradients[name].reshape(-1)
         mean = world.reduce_scatter(whole, "mean")
         return mean.astype(np.float32) if is_half(dtype) else mean
 

@@ -45,6 +45,11 @@ class ShardedState:
         All ranks pass arrays of the same names, shapes and dtypes, and the same values; with
         ``root``, only that rank's values count. Raises MismatchError, naming the first difference.
         """
+        with world.together("ShardedState.scatter()"):
+            return cls._scattered(arrays, world, root)
+
+    @classmethod
+    def _scattered(cls, arrays: Mapping[str, Any], world: World, root: int | None) -> ShardedState:
         world.agree(
             [f"{name}: {array.dtype}, shape {array.shape}" for name, array in arrays.items()],
             "the arrays to scatter",
@@ -105,9 +110,13 @@ class ShardedState:
         Takes no memory beside the result and, for ``root``, a chunk of 16 MiB.
         """
         if root is not None:
-            here = self.world.rank == root
-            found = self._collect(self.names, here)
-            return found if here else None
+            with self.world.together("ShardedState.gather()"):
+                if not 0 <= root < self.world.size:
+                    allowed = f"None, or 0 to {self.world.size - 1}"
+                    raise ArgumentError("gather()", "root", str(root), allowed)
+                here = self.world.rank == root
+                found = self._collect(self.names, here)
+                return found if here else None
         found = {}
         for dtype, layout in self.layouts.items():
             whole = self.world.allgather(self.flats[dtype])
@@ -119,9 +128,10 @@ class ShardedState:
 
         Raises MismatchError if the ranks name different ones, ArgumentError for unknown ones.
         """
-        wanted = list(names)
-        self.world.agree(wanted, "the names of the arrays to gather")
-        return self._collect(wanted, True)
+        with self.world.together("ShardedState.allgather()"):
+            wanted = list(names)
+            self.world.agree(wanted, "the names of the arrays to gather")
+            return self._collect(wanted, True)
 
     def reshard(self, target: World | None) -> ShardedState | None:
         """The same state, cut for the ranks of ``target``. Collective over this state's world.
@@ -130,6 +140,10 @@ class ShardedState:
         part gets a whole state), or None on ranks that get nothing. Raises ArgumentError if it has
         ranks that hold no shard.
         """
+        with self.world.together("ShardedState.reshard()"):
+            return self._resharded(target)
+
+    def _resharded(self, target: World | None) -> ShardedState | None:
         found = None
         if target is not None:
             if not self.world.holds(target):

@@ -471,7 +471,17 @@ CRAFTED = {
     "a strange value": lambda b: b["values"].update(x={"$call": "os.system"}),
     "a wrong value": lambda b: b["values"].update(x={"$counter": 3}),
     "no such tensor": lambda b: b["values"].update(x={"$array": "nothing"}),
+    "deep lists": lambda b: b["values"].update(x=nested(600, lambda x: [x])),
+    "deep tables": lambda b: b["values"].update(x=nested(200, lambda x: {"$tuple": [x]})),
+    "lists that are a little too deep": lambda b: b["values"].update(x=nested(101, lambda x: [x])),
 }
+
+
+def nested(depth: int, within: Any) -> Any:
+    value = 0
+    for _ in range(depth):
+        value = within(value)
+    return value
 
 
 @once
@@ -480,6 +490,23 @@ def test_crafted_manifests_are_refused(saved: Path, how: str) -> None:
     rewrite(saved, CRAFTED[how])
     with pytest.raises((CheckpointError, ArgumentError)):
         checkpoint.load(saved, mpizero.init())
+
+
+@ranks
+def test_deep_values_are_refused_on_all_ranks(folder: Path) -> None:
+    """What a rank cannot pickle, or walk through, it cannot tell the others either."""
+    world = mpizero.init()
+    deepest = nested(100, lambda x: [x])
+    checkpoint.save(folder / "c", {"x": deepest, "y": nested(99, lambda x: {1: x})}, world)
+    assert checkpoint.load(folder / "c", world)["x"] == deepest
+    if world.rank == 0:
+        rewrite(folder / "c", CRAFTED["deep lists"])
+    with pytest.raises(ArgumentError, match="nested more than 100 deep"):
+        checkpoint.save(folder / "d", {"x": [deepest]}, world)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged.*nested"):
+        checkpoint.load(folder / "c", world)
+    assert world.allreduce(1) == world.size
+    assert not (folder / "d").exists()
 
 
 @once
@@ -502,6 +529,11 @@ HEADERS = {
     "a huge shape": {"a": {"dtype": "U8", "shape": [1 << 62, 4], "data_offsets": [0, 3]}},
     "a true shape": {"a": {"dtype": "U8", "shape": [3, True], "data_offsets": [0, 3]}},
     "an unknown dtype": {"a": {"dtype": "PICKLE", "shape": [3], "data_offsets": [0, 3]}},
+    "an impossible shape of no elements": {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "U8", "shape": [0, 1 << 80], "data_offsets": [3, 3]},
+    },
+    "too many axes": {"a": {"dtype": "U8", "shape": [3, *[1] * 99], "data_offsets": [0, 3]}},
     "no table": {"a": 3},
     "too short": {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}},
 }

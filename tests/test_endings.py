@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from support.launch import Finished, find_mpirun, is_openmpi, mpirun
+from support.launch import Finished, find_mpirun, is_openmpi, launch_environment, mpirun
+from support.launch import run as execute
 
 RAISE = """
 import sys, time
@@ -136,6 +137,34 @@ def test_the_singleton_trap_stops_the_job() -> None:
     )  # fmt: skip
     assert result.returncode != 0
     assert "every rank would train alone" in result.stderr
+
+
+def test_torchrun_is_no_launcher_for_us() -> None:
+    """Each of its processes would train alone, and save over the others' checkpoints."""
+    program = (
+        "import mpizero, mpizero_torch.horovod as hvd\n"
+        "try:\n    mpizero.init()\n"
+        "except mpizero.LaunchError as error:\n    print(error)\n"
+        "hvd.init()\nprint('alone')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    for count in (1, 2):
+        each = [f"--nproc-per-node={count}", sys.executable, "-c", program]
+        result = execute([*command, *each], launch_environment(), 60)
+        if count == 1:
+            assert (result.returncode, result.stdout) == (0, "alone\n"), result.stderr
+            continue
+        assert result.returncode != 0 and "alone\n" not in result.stdout
+        assert "LaunchError: torchrun" in result.stderr
+        for text in (result.stdout, result.stderr):
+            assert "mpirun -n 2 python train.py" in text
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_torchs_variables_are_no_matter_under_mpirun(size: int) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    result = mpirun(2, "import mpizero\nassert mpizero.init().size == 2\n", env=variables)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_child_process_of_a_rank_is_refused() -> None:

@@ -167,6 +167,57 @@ def test_one_process_is_no_trap() -> None:
         refuse_singleton(read_launch(environ), environ, "")
 
 
+TORCHRUN = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
+TORCH = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+HOROVODRUN = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0"}
+SRUN_ONE = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
+MPIRUN_ONE = {"PMI_RANK": "0", "PMI_SIZE": "1"}
+
+# (what stands in the environment, whom the error blames, and of how many processes)
+TRAPS: dict[str, tuple[dict[str, str], str, int]] = {
+    "torchrun": (TORCHRUN, "torchrun", 4),
+    "torchrun on one of several nodes": (
+        {**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "torchrun", 4
+    ),
+    "torchrun under srun": ({**TORCHRUN, **SRUN_ONE}, "torchrun", 4),
+    "torchrun under srun, a task a node": (
+        {**TORCHRUN, **SRUN_ONE, "SLURM_STEP_NUM_TASKS": "2"}, "torchrun", 4
+    ),
+    "torchrun under mpirun": ({**TORCHRUN, **MPIRUN_ONE}, "torchrun", 4),
+    "deepspeed": ({**TORCH, "CROSS_RANK": "0", "CROSS_SIZE": "1"}, "deepspeed", 4),
+    "deepspeed in an allocation": ({**TORCH, "SLURM_NTASKS": "1"}, "deepspeed", 4),
+    "horovodrun": (HOROVODRUN, "horovodrun", 2),
+}  # fmt: skip
+HEALTHY: dict[str, dict[str, str]] = {
+    "torchrun of one": {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
+    "left over of one": {"RANK": "0", "WORLD_SIZE": "1"},
+    "no rank": {"WORLD_SIZE": "4"},
+    "no number": {**TORCH, "WORLD_SIZE": "all"},
+    "a rank that cannot be": {**TORCH, "RANK": "4"},
+    "mpirun of one, others left over": {**TORCH, **MPIRUN_ONE},
+    "a run number left over": {"TORCHELASTIC_RUN_ID": "none"},
+    "horovodrun of one": {**HOROVODRUN, "HOROVOD_SIZE": "1"},
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_launchers_without_mpi_are_named_where_mpi_says_one(name: str) -> None:
+    environ, blamed, size = TRAPS[name]
+    with pytest.raises(LaunchError, match=rf"{blamed}.* started {size} processes") as caught:
+        refuse_singleton(read_launch(environ), environ, "Some MPI 1.0")
+    assert f"mpirun -n {size} python" in str(caught.value)
+    allowed = {**environ, "MPIZERO_ALLOW_SINGLETON": "1"}
+    refuse_singleton(read_launch(allowed), allowed, "Some MPI 1.0")
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_left_over_of_them_is_no_trap(name: str) -> None:
+    refuse_singleton(read_launch(HEALTHY[name]), HEALTHY[name], "Some MPI 1.0")
+
+
 def _fresh_python(program: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import nn
 
+from mpizero import World
 from mpizero_torch import slices
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -25,8 +27,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     """
     if not isinstance(model, DistributedModule) or not _is_cut(model):
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
-    gradients = own_gradients(model)
-    norm = _global_norm(model, gradients, float(norm_type))
+    cuts = _cuts(model)
+    with cuts[0].telling() if cuts else nullcontext():
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        gradients = own_gradients(model)
+    norm = _global_norm(model, cuts, gradients, norm_type)
     scale = min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else max_norm / norm
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
@@ -59,13 +64,17 @@ def _is_cut(model: DistributedModule) -> bool:
     )
 
 
-def _global_norm(
-    model: DistributedModule, gradients: list[torch.Tensor], norm_type: float
-) -> float:
-    """Of all ranks' parts; copies of a part on other ranks count once."""
+def _cuts(model: DistributedModule) -> list[World]:
+    """The ranks over which parts are put together, one group after the other."""
     parts = model.world if isinstance(model, ShardedModule) else None  # cut by data parallelism
     mesh = model.world.mesh
-    cuts = [world for world in (parts, mesh.model if mesh else None) if world is not None]
+    return [world for world in (parts, mesh.model if mesh else None) if world is not None]
+
+
+def _global_norm(
+    model: DistributedModule, cuts: Sequence[World], gradients: list[torch.Tensor], norm_type: float
+) -> float:
+    """Of all ranks' parts; copies of a part on other ranks count once."""
     if norm_type == math.inf:
         most = max((float(each.abs().max()) for each in gradients if each.numel()), default=0.0)
         for world in cuts:

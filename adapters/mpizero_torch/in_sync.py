@@ -39,7 +39,8 @@ def assert_in_sync(
     """
     if world is None:
         world = model.world if isinstance(model, DistributedModule) else init()
-    found = {key: _own(value) for key, value in _replicated(model, optimizer)}
+    with world.telling():
+        found = {key: _own(value) for key, value in _replicated(model, optimizer)}
     _compare(world, found)
     mesh = world.mesh
     if mesh is not None and world is mesh.replicas:

@@ -22,8 +22,7 @@ def mean(value: Value, weight: float | None = None, *, world: World | None = Non
     counts with ``weight``: by default the batch at hand as ``mz.shard`` dealt it, so that a short
     last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are zero.
     """
-    own = batch_weight.current().value if weight is None else float(weight)
-    total = _reduce(_weighted(value, own), own, world)
+    total = _reduce(value, batch_weight.current().value if weight is None else weight, world)
     return _rebuild(value, total[:-1] / total[-1])
 
 
@@ -33,7 +32,7 @@ def sum(value: Value, *, world: World | None = None) -> Any:
     Takes and returns what ``mean`` does; integer numbers come back as int. Collective. The filler
     batch of an idle rank counts like any other: give 0 for it, or use ``mean``.
     """
-    total = _reduce(_weighted(value, 1.0), 1.0, world)
+    total = _reduce(value, 1.0, world)
     return _rebuild(value, total[:-1], integers=True)
 
 
@@ -42,9 +41,13 @@ def _weighted(value: Value, weight: float) -> torch.Tensor:
     return numbers * weight if weight else torch.zeros_like(numbers)  # 0 x NaN is NaN
 
 
-def _reduce(numbers: torch.Tensor, weight: float, world: World | None) -> torch.Tensor:
-    message = torch.cat([numbers, torch.tensor([weight], dtype=torch.float64)])
-    (world or init()).allreduce(message)
+def _reduce(value: Value, weight: float, world: World | None) -> torch.Tensor:
+    """The sums over the ranks of the weighted numbers, and of the weights."""
+    world = world if world is not None else init()
+    with world.telling():
+        numbers = _weighted(value, float(weight))
+        message = torch.cat([numbers, torch.tensor([float(weight)], dtype=torch.float64)])
+    world.allreduce(message)
     return message
 
 

@@ -59,6 +59,11 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     return _TORCH_OF[np.dtype(dtype)]
 
 
+def can_have_gradient(tensor: torch.Tensor) -> bool:
+    """False for integers and booleans, which torch cannot differentiate by."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def as_array(tensor: torch.Tensor) -> Any:
     """The tensor's memory as a numpy array (CPU) or a CuPy array (CUDA), any strides."""
     tensor = tensor.detach()

@@ -11,7 +11,7 @@ from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
 from mpizero.diagnostics import Lanes
-from mpizero.errors import LaunchError, MismatchError
+from mpizero.errors import LaunchError, MismatchError, in_words, is_settled, settle
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
@@ -77,6 +77,7 @@ class Caller:
         # What these ranks hold together, as long as calls can be made or are under way: whatever
         # is to be carried out refers to this Caller.
         self.hold: Hold | None = None
+        self._groups = {run.comm.py2f() for run in (self._blocking, self._background)}
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
         """Prepare a call, agree on it with the other ranks, and carry it out.
@@ -87,9 +88,25 @@ class Caller:
         try:
             call = prepare()
         except Exception as error:
-            self._refuse(f"refused: {error}", asynchronous)
+            self.tell(error, asynchronous)
             raise
         return self.start(call, asynchronous)
+
+    def tell(self, error: BaseException, asynchronous: bool = False) -> None:
+        """Tell the other ranks, who are in a call of theirs, that this one has failed instead.
+
+        They get a MismatchError that quotes it. Nothing is said of what they know already, nor
+        after an error within a call that all had agreed on: who knows where the others are?
+        """
+        if self._alone or any(is_settled(error, group) for group in self._groups):
+            return
+        self._refuse(f"refused: {in_words(error)}", asynchronous)
+        self.settle(error)
+
+    def settle(self, error: BaseException) -> None:
+        """The other ranks know of ``error``, or cannot be told."""
+        for group in self._groups:
+            settle(error, group)
 
     def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
@@ -109,6 +126,9 @@ class Caller:
             run.last_algorithm = ""
             try:
                 return carry_out(at)
+            except Exception as error:
+                self.settle(error)
+                raise
             finally:
                 lane.end(at, run.last_algorithm)
 
@@ -129,6 +149,11 @@ class Caller:
                 return self._worker.run_in_order(work, call.description)
             return work()
         return finished(work()) if self._alone else self._worker.submit(work, call.description)
+
+    def agree(self, what: str) -> None:
+        """All ranks have come to the same point. Collective."""
+        if not self._alone:
+            self.start(Call(what, lambda run, parts: None), False)
 
     def open_for(self, function: str) -> None:
         """Nothing: the world has not been closed."""
@@ -158,8 +183,6 @@ class Caller:
 
     def _refuse(self, refusal: str, asynchronous: bool) -> None:
         """Tell the others, who are in a call of theirs: it is a call of its own, to be counted."""
-        if self._alone:
-            return
         # The others refuse as well, or do something else; this rank's own ArgumentError, which the
         # caller raises, says more than the mismatch.
         with suppress(MismatchError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mpizero.api.describe import check_form
@@ -14,6 +16,34 @@ class Calls(Group):
     """A group whose ranks make calls together. ``World`` is put together from kinds of them."""
 
     _caller: Any
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What precedes a collective call: if it fails on this rank, the others are told.
+
+        They get a MismatchError that quotes it from the blocking call that they make next. So there
+        must be one, on the other ranks; where there may be none, see ``together``.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._caller.tell(error)
+            raise
+
+    def settle(self, error: BaseException) -> None:
+        """All ranks have been told of ``error`` in another way: ``telling`` lets it pass."""
+        self._caller.settle(error)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """What all ranks do, or none: if it fails on one rank in here, it does on all. Collective.
+
+        The others get a MismatchError that quotes the error: from the next blocking call that they
+        make in here, or in the end, when all agree that ``what`` is done.
+        """
+        with self.telling():
+            yield
+        self._caller.agree(f"{what}: done")
 
     def _open(self, x: Any, function: str, argument: str, *, writable: bool) -> OpenArray:
         opened = open_array(x, function, argument, writable=writable)

@@ -1,4 +1,4 @@
-"""Collectives in which all ranks have equal parts, and objects of any kind."""
+"""Collectives in which all ranks have equal parts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class EvenCalls(Calls):
         plans = None if asynchronous and not self._in_order else self._plans
         if plans is not None and not asynchronous and type(x) is np.ndarray and out is None:
             plan = plans.find(x, op, algorithm)
-            if plan is not None and x.flags.c_contiguous and x.flags.writeable:
+            if plan is not None and x.flags.carray:  # contiguous, aligned and writable
                 if not self._in_order:
                     self._repeat(plans, plan, x)
                     return x
@@ -100,6 +100,9 @@ class EvenCalls(Calls):
         at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
         try:
             plans.carry_out(plan, x)
+        except Exception as error:
+            self._caller.settle(error)
+            raise
         finally:
             lane.end(at, plans.last_algorithm)
 
@@ -215,22 +218,6 @@ class EvenCalls(Calls):
         )
         return found
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable ``value``, in rank order, on every rank. For small things."""
-
-        def work(run: Dispatch, parts: Parts) -> Any:
-            return run.comm.allgather(value)
-
-        return list(self._caller.perform(lambda: Call("gather_objects()", work), False))
-
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """The ``root``'s picklable ``value`` on every rank. For small things."""
-
-        def work(run: Dispatch, parts: Parts) -> Any:
-            return run.comm.bcast(value, root)
-
-        return self._caller.perform(lambda: Call(f"broadcast_object(root={root})", work), False)
-
     def _reduce_scalar(self, x: Any, op: str, asynchronous: bool, algorithm: str) -> Any:
         if asynchronous:
 
@@ -246,5 +233,7 @@ class EvenCalls(Calls):
             return self._caller.perform(refuse, True)
         # A Python integer on one rank and a float on another would be different dtypes; the
         # agreement says so.
-        result = self.allreduce(np.array(x), op, algorithm=algorithm)[()]
+        with self.telling():
+            array = np.array(x)
+        result = self.allreduce(array, op, algorithm=algorithm)[()]
         return result if isinstance(x, np.generic) else result.item()

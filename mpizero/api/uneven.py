@@ -13,8 +13,8 @@ from mpizero.api.call import Call
 from mpizero.api.calls import Calls
 from mpizero.api.describe import check_form, describe_rows
 from mpizero.collectives.dispatch import Dispatch, Parts
-from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import OpenArray, empty_like
+from mpizero.errors import ArgumentError, MismatchError
+from mpizero.memory.arrays import OpenArray
 
 
 class UnevenCalls(Calls):
@@ -33,7 +33,8 @@ class UnevenCalls(Calls):
             def work(run: Dispatch, parts: Parts) -> Any:
                 rows = run.comm.allgather(source.shape[0])
                 shape = (sum(rows), *source.shape[1:])
-                target = self._target("allgather_uneven()", source, out, shape)
+                with run.together("allgather_uneven(): there is room for the rows of all ranks"):
+                    target = self._target("allgather_uneven()", source, out, shape)
                 places = _places(rows, shape)
                 target.flat[places[self.rank]] = source.flat
                 run.gather_blocks(target.flat, places, None)
@@ -75,11 +76,11 @@ class UnevenCalls(Calls):
                 )
 
             def work(run: Dispatch, parts: Parts) -> Any:
-                received = self._exchange_counts(run, sent, expected, target)
+                received = self._exchange_counts(run, sent)
                 shape = (sum(received), *source.shape[1:])
-                into = target or self._open(
-                    empty_like(source.array, shape), function, "out", writable=True
-                )
+                with run.together("all_to_all_uneven(): there is room for what comes"):
+                    self._check_received(received, expected, target)
+                    into = target or self._target(function, source, None, shape)
                 run.all_to_all_blocks(
                     source.flat, _places(sent, source.shape), into.flat, _places(received, shape)
                 )
@@ -108,25 +109,21 @@ class UnevenCalls(Calls):
             raise ArgumentError("all_to_all_uneven()", argument, str(listed), allowed)
         return listed
 
-    def _exchange_counts(
-        self, run: Dispatch, sent: list[int], expected: list[int] | None, target: OpenArray | None
-    ) -> list[int]:
-        """How many rows come from each rank. MismatchError on all if one expected others."""
+    def _exchange_counts(self, run: Dispatch, sent: list[int]) -> list[int]:
+        """How many rows come from each rank."""
         numbers = np.empty(self.size, np.int64)
         run.comm.Alltoall(np.array(sent, np.int64), numbers)
-        received = [int(number) for number in numbers]
-        wrong = expected is not None and expected != received
-        if target is not None and target.shape[0] != sum(received):
-            wrong = True
-        told = f"all_to_all_uneven(): what comes from the ranks is as expected ({wrong=})"
-        if wrong:
-            room = "any number of" if target is None else str(target.shape[0])
-            told = (
-                f"all_to_all_uneven(): {received} rows come from the ranks; expected were "
-                f"{expected or 'any counts'}, with room for {room} rows"
+        return [int(number) for number in numbers]
+
+    def _check_received(
+        self, received: list[int], expected: list[int] | None, target: OpenArray | None
+    ) -> None:
+        room = sum(received) if target is None else target.shape[0]
+        if received != (expected or received) or room != sum(received):
+            raise MismatchError(
+                f"all_to_all_uneven(): {received} rows come from the ranks to rank {self.rank}; "
+                f"expected were {expected or 'any counts'}, with room for {room} rows."
             )
-        run.agree(told)
-        return received
 
 
 def _places(rows: Sequence[int], shape: Sequence[int]) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from mpizero.api.call import Call, Caller, ClosedCaller
 from mpizero.api.even import EvenCalls
 from mpizero.api.messages import MessageCalls
+from mpizero.api.objects import ObjectCalls
 from mpizero.api.rooted import RootedCalls
 from mpizero.api.uneven import UnevenCalls
 from mpizero.collectives import tuning
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from mpizero.api.mesh import Mesh
 
 
-class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
+_LARGEST = 2**31 - 1  # of MPI's integers
+
+
+class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
     """Ranks that work together: where they are, and collective operations on their arrays.
 
     Every collective takes numpy arrays, CuPy arrays and anything with the buffer protocol, DLPack
@@ -124,13 +129,18 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         more, make another or allocate memory.
         """
 
+        own_color, own_key = color, self.rank
+
         def prepare() -> Call:
-            if color is not None and color < 0:
-                raise ArgumentError("split()", "color", str(color), "None or an integer >= 0")
+            nonlocal own_color, own_key
+            if color is not None:  # MPI takes nothing else, and would say so to this rank alone
+                own_color = _integer("split()", "color", color, 0, _LARGEST)
+            if key is not None:
+                own_key = _integer("split()", "key", key, -_LARGEST, _LARGEST)
             return Call("split()", lambda run, parts: None)
 
         self._caller.perform(prepare, False)
-        comm = self.split_comm(color, self.rank if key is None else key)
+        comm = self.split_comm(own_color, own_key)
         return None if comm is None else self._world_of(comm)
 
     def subworld(self, ranks: Sequence[int], *, in_order: bool = False) -> World | None:
@@ -204,9 +214,9 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         once) or there is only one rank. Freed when all ranks have let go of it.
         """
         self._caller.open_for("allocate()")
-        if self.local_size == 1:
-            return np.zeros(count, dtype)
-        with recorded(self._lanes.memory, f"allocate({count}, {np.dtype(dtype)})"):
+        with recorded(self._lanes.memory, self._agree_on_memory("allocate", count, dtype)):
+            if self.local_size == 1:
+                return np.zeros(count, dtype)
             return self._node_memory.allocate(count, dtype)
 
     def allocate_common(self, count: int, dtype: Any) -> Any:
@@ -216,10 +226,24 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
         others see after the next collective call that all take part in.
         """
         self._caller.open_for("allocate_common()")
-        if self.local_size == 1:
-            return np.zeros(count, dtype)
-        with recorded(self._lanes.memory, f"allocate_common({count}, {np.dtype(dtype)})"):
+        with recorded(self._lanes.memory, self._agree_on_memory("allocate_common", count, dtype)):
+            if self.local_size == 1:
+                return np.zeros(count, dtype)
             return self._node_memory.allocate_common(count, dtype)
+
+    def _agree_on_memory(self, function: str, count: int, dtype: Any) -> str:
+        """All ranks are about to allocate; returns what this one does, in words. Collective.
+
+        To make a window is a call of MPI's own: who refuses must have said so before it.
+        """
+
+        def prepare() -> Call:
+            _integer(f"{function}()", "count", count, 0)
+            np.dtype(dtype)
+            return Call(f"{function}()", lambda run, parts: None)
+
+        self._caller.perform(prepare, False)
+        return f"{function}({count}, {np.dtype(dtype)})"
 
     def counterparts(self, array: Any) -> list[Any] | None:
         """All ranks' arrays in the place of ``array``, which ``allocate`` gave; by rank.
@@ -261,7 +285,11 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
 
         Collective. For what must be equal everywhere and is too long for one line of an error.
         """
-        self._caller.start(Call(what, lambda run, parts: None, items=items), False)
+
+        def prepare() -> Call:
+            return Call(what, lambda run, parts: None, items=[str(item) for item in items])
+
+        self._caller.perform(prepare, False)
 
     def finish(self) -> None:
         """Finish what is under way and end the progress thread (done at exit by itself)."""
@@ -318,3 +346,14 @@ class World(EvenCalls, RootedCalls, UnevenCalls, MessageCalls):
             self._parts.popitem()[1].abandon(error)
         self._node_memory.abandon()
         self._shut()
+
+
+def _integer(function: str, argument: str, value: Any, least: int, most: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        allowed = f"an integer >= {least}" if most is None else f"an integer, {least} to {most}"
+        raise ArgumentError(function, argument, repr(value), allowed)
+    return number

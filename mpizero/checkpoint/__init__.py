@@ -75,6 +75,14 @@ def save(
     "posix", "mpi-io", or "auto", by the file system. Raises CheckpointError on every rank if one
     cannot write, and ArgumentError for values that would need a pickle.
     """
+    with world.together("save()"):
+        part, plain = _collect(values, world)
+        job = Save(Path(path), world, [part], plain, largest_file=largest_file, writer=writer)
+        return carry_out(job, world, asynchronous)
+
+
+def _collect(values: Mapping[str, Any], world: World) -> tuple[Part, dict[str, Any]]:
+    """The tensors, with this rank's pieces, and what is none."""
     arrays: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     specs: list[TensorSpec] = []
@@ -90,9 +98,7 @@ def save(
         else:
             plain[key] = tree.encode(value, key, arrays)
     shared = shared_part(_PART, arrays, world)
-    part = Part(_PART, [*specs, *shared.specs], [*pieces, *shared.pieces])
-    job = Save(Path(path), world, [part], plain, largest_file=largest_file, writer=writer)
-    return carry_out(job, world, asynchronous)
+    return Part(_PART, [*specs, *shared.specs], [*pieces, *shared.pieces]), plain
 
 
 def load(path: str | os.PathLike[str], world: World) -> dict[str, Any]:

@@ -12,7 +12,12 @@ def carry_out(save: Save, world: World, asynchronous: bool) -> PendingSave | Non
     """Save now, or let a thread do it, once this rank's bytes are copied. Collective."""
     save.prepare()
     if asynchronous:
-        save.copy()
+        try:
+            with world.together("copying what is to be saved"):
+                save.copy()
+        except Exception:
+            save.give_up()
+            raise
         return PendingSave(save, world)
     save.write()
     return None

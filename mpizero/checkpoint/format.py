@@ -228,6 +228,7 @@ def _parse_entry(name: str, key: str, entry: Any) -> tuple[TensorSpec, int, int]
         numbers = [*shape, start, stop]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError
+        np.broadcast_to(np.empty((), DTYPES[dtype]), shape)  # raises for what no array can have
         return TensorSpec(key, DTYPES[dtype], tuple(shape)), start, stop
     except (TypeError, ValueError, KeyError):
         raise damaged(name, f"what it says of tensor {key!r} cannot be right") from None

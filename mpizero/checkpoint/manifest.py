@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpizero.checkpoint import tree
 from mpizero.checkpoint.checksums import crc32
 from mpizero.checkpoint.format import damaged, part_of, unique
 from mpizero.errors import CheckpointError
@@ -19,6 +20,7 @@ MANIFEST, CHECKSUMS = "manifest.json", "checksums.bin"
 VERSION = 1
 LARGEST = 256 << 20  # bytes; a larger one was not written by us
 _FORMAT = "mpizero checkpoint"
+_DEEPEST = 4 * tree.DEEPEST  # a level of a value takes up to three in JSON
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Manifest:
         """Raises CheckpointError for everything that ``to_json`` could not have written."""
         try:
             body = json.loads(text, object_pairs_hook=unique)
+            _check_depth(body)
             crc = body.pop("crc32")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(MANIFEST, f"it cannot be read ({error})") from None
@@ -87,6 +90,17 @@ class Manifest:
         if len(set(names)) < len(names):
             raise damaged(MANIFEST, "it names a file twice")
         return found
+
+
+def _check_depth(body: Any) -> None:
+    """ValueError for tables within tables, deeper than values of ours are; without recursion."""
+    level, depth = [body], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"values are nested more than {_DEEPEST} deep")
+        tables = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for table in tables for each in table if isinstance(each, dict | list)]
 
 
 def _checksum(body: dict[str, Any]) -> int:

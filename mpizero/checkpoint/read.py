@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from mpizero.checkpoint.format import (
 )
 from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
 from mpizero.checkpoint.progress import Progress
-from mpizero.errors import ArgumentError, CheckpointError, MpizeroError
+from mpizero.errors import ArgumentError, CheckpointError, MpizeroError, in_words
 
 _AHEAD = 32 << 20  # bytes that the disk reads ahead of us
 
@@ -40,16 +40,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], world: World | None = None) -> None:
-        self.path = Path(path)
-        if world is None or world.rank == 0:
-            try:
-                found: Any = _describe(self.path)
-            except CheckpointError as error:
-                found = error
-            except OSError as error:
-                found = CheckpointError(f"{self.path} cannot be read: {error}.")
-        else:
-            found = None
+        with world.telling() if world is not None else nullcontext():
+            self.path = Path(path)
+        found: Any = _found(self.path) if world is None or world.rank == 0 else None
         if world is not None:
             found = world.broadcast_object(found)
         if isinstance(found, CheckpointError):
@@ -233,13 +226,15 @@ def agreed(world: World) -> Iterator[None]:
         yield
     except Exception as error:  # told to all, whatever it is
         failure = error
-    everyones = world.gather_objects(None if failure is None else f"[rank {world.rank}] {failure}")
+    own = None if failure is None else f"[rank {world.rank}] {in_words(failure)}"
+    everyones = world.gather_objects(own)
     told = [text for text in everyones if text is not None]
     if told and failure is None:
         failure = CheckpointError("; ".join(told))
     if failure is not None:
         if isinstance(failure, MpizeroError):
             failure.reported_elsewhere = everyones.index(told[0]) != world.rank
+        world.settle(failure)
         raise failure
 
 
@@ -265,6 +260,16 @@ def newest(path: str | os.PathLike[str]) -> Path:
     if not whole:
         return folder_of
     return max(whole, key=lambda each: ((each / MANIFEST).stat().st_mtime, each.name))
+
+
+def _found(path: Path) -> Any:
+    """What a checkpoint says of itself, or the CheckpointError to raise."""
+    try:
+        return _describe(path)
+    except CheckpointError as error:
+        return error
+    except Exception as error:  # whatever else a damaged file, or a full memory, brings about
+        return CheckpointError(f"{path} cannot be read: {in_words(error)}.")
 
 
 def _describe(path: Path) -> tuple[Manifest, list[FileLayout], list[Any]]:

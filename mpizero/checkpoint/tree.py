@@ -18,6 +18,9 @@ import numpy as np
 from mpizero.checkpoint.format import damaged
 from mpizero.errors import ArgumentError
 
+# How many lists, dicts, ... may lie within each other. They are walked by recursion, on every rank.
+DEEPEST = 100
+
 AsArray = Callable[[Any], Any]
 
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {
@@ -28,16 +31,28 @@ _TABLES: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def encode(value: Any, where: str, arrays: dict[str, Any], as_array: AsArray | None = None) -> Any:
+def encode(
+    value: Any,
+    where: str,
+    arrays: dict[str, Any],
+    as_array: AsArray | None = None,
+    depth: int = 0,
+) -> Any:
     """``value`` as JSON; arrays go to ``arrays``, under names that begin with ``where``.
 
     ``as_array(value)`` gives an array for what is one in a framework's way, None for the rest.
-    Raises ArgumentError, naming the place, for what could only be pickled.
+    Raises ArgumentError, naming the place, for what could only be pickled, and for what lies
+    deeper than ``DEEPEST`` within other values.
     """
 
     def inner(each: Any, key: object) -> Any:
-        return encode(each, f"{where}.{key}", arrays, as_array)
+        return encode(each, f"{where}.{key}", arrays, as_array, depth + 1)
 
+    if depth > DEEPEST:
+        raise ArgumentError(
+            "save()", f"{where[:60]}...", f"a value nested more than {DEEPEST} deep",
+            f"at most {DEEPEST} lists or dicts within each other",
+        )  # fmt: skip
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -76,13 +91,18 @@ def encode(value: Any, where: str, arrays: dict[str, Any], as_array: AsArray | N
 
 
 def decode(
-    value: Any, arrays: Callable[[str], Any], as_tensor: Callable[[Any], Any] | None = None
+    value: Any,
+    arrays: Callable[[str], Any],
+    as_tensor: Callable[[Any], Any] | None = None,
+    depth: int = 0,
 ) -> Any:
     """What ``encode`` was given; ``arrays(name)`` reads one, ``as_tensor`` makes a tensor of it."""
 
     def inner(each: Any) -> Any:
-        return decode(each, arrays, as_tensor)
+        return decode(each, arrays, as_tensor, depth + 1)
 
+    if depth > DEEPEST:
+        raise damaged("manifest.json", f"a value is nested more than {DEEPEST} deep")
     if isinstance(value, list):
         return [inner(each) for each in value]
     if not isinstance(value, Mapping):

@@ -19,7 +19,7 @@ from mpizero.checkpoint.folder import Staging
 from mpizero.checkpoint.format import FileLayout, TensorSpec, index_name, index_of, lay_out
 from mpizero.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest
 from mpizero.checkpoint.progress import Progress
-from mpizero.errors import ArgumentError, CheckpointError
+from mpizero.errors import ArgumentError, CheckpointError, in_words
 
 WRITERS = ("auto", "posix", "mpi-io")
 LARGEST_FILE = 5_000_000_000  # what file systems and hubs are at ease with
@@ -106,8 +106,8 @@ class Save:
                     writer = "mpi-io" if parallel and self._world.size > 1 else "posix"
                 for file in self._files:
                     files.create(where / file.name, file.nbytes)
-            except (OSError, CheckpointError) as error:
-                failure = f"[rank 0] {error}"
+            except Exception as error:
+                failure = f"[rank 0] {in_words(error)}"
                 self._discard()
         staging, failure, self._writer = self._world.broadcast_object((staging, failure, writer))
         if failure:
@@ -126,6 +126,11 @@ class Save:
             pieces = [Piece(p.name, p.start, copied(p.values)) for p in part.pieces]
             self._parts[at] = Part(part.name, part.specs, pieces, part.metadata)
         self._progress.quiet = True
+
+    def give_up(self) -> None:
+        """Nothing is written: remove the folder. On all ranks."""
+        self._release()
+        self._discard()
 
     def write(self, world: World | None = None) -> None:
         """Write this rank's pieces; when all have, give the checkpoint its name.
@@ -149,8 +154,12 @@ class Save:
     def _write_together(self, world: World) -> None:
         """Write all files by MPI-IO. Collective; ``commit`` tells how it went."""
         for number, (layout, own) in enumerate(self._own_of_files()):
-            ranges = list(self._own_ranges(layout, own))
-            self._records += [(number, at, at + each.size, crc32(each)) for at, each in ranges]
+            ranges: list[tuple[int, Any]] = []
+            try:
+                ranges = list(self._own_ranges(layout, own))
+                self._records += [(number, at, at + each.size, crc32(each)) for at, each in ranges]
+            except Exception as error:  # the others write all the same, in concert
+                self._failure = f"[rank {world.rank}] {in_words(error)}"
             try:
                 mpi_io.write_together(world.comm, self._staging / layout.name, ranges)
             except OSError as error:
@@ -160,8 +169,8 @@ class Save:
         """Write this rank's pieces. Talks to nobody; ``commit`` tells how it went."""
         try:
             self._records = list(self._write_pieces())
-        except (OSError, CheckpointError) as error:
-            self._failure = f"[rank {self._world.rank}] {error}"
+        except Exception as error:
+            self._failure = f"[rank {self._world.rank}] {in_words(error)}"
 
     def commit(self, world: World) -> None:
         """When all ranks have written: give the checkpoint its name, or remove it."""
@@ -173,8 +182,8 @@ class Save:
                 self._finish(
                     self._made, np.concatenate([each for each, _ in everyones]), world.size
                 )
-            except (OSError, CheckpointError) as error:
-                failures = [f"[rank 0] {error}"]
+            except Exception as error:
+                failures = [f"[rank 0] {in_words(error)}"]
         if failures:
             self._discard()
         failures = world.broadcast_object(failures)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from mpizero.errors import MismatchError
+from mpizero.errors import MismatchError, settle
 from mpizero.memory.board import Board
 from mpizero.memory.node_shared import NOWHERE
 from mpizero.world.startup import load_mpi
@@ -74,7 +74,7 @@ class Agreement:
 @lru_cache(maxsize=4096)
 def fingerprint(call: str) -> int:
     """62 bits that tell one call from another."""
-    data = call.encode()
+    data = call.encode(errors="backslashreplace")  # names of files may be no proper text
     return zlib.crc32(data) << 30 | (zlib.adler32(data) & 0x3FFFFFFF)
 
 
@@ -96,6 +96,7 @@ def _raise_mismatch(
     lines = [f"  {_name(ranks)}: {call}" for call, ranks in ranks_by_call.items()]
     error = MismatchError(f"{what}:\n" + "\n".join(lines))
     error.reported_elsewhere = comm.rank != 0
+    settle(error, comm.py2f())
     raise error
 
 

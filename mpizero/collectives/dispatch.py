@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport, cut_evenly
 from mpizero.collectives.tuning import Tuning
-from mpizero.errors import ArgumentError
+from mpizero.errors import ArgumentError, MismatchError, in_words
 from mpizero.memory.arrays import empty_like
 from mpizero.memory.board import Board
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
@@ -117,6 +118,21 @@ class Dispatch:
         if common is None or common == NOWHERE:
             return None
         return self._node_memory.counterparts(arrays[0], common)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Within a call: a rank that fails in here tells the others, who raise MismatchError.
+
+        All of them agree in the end that ``what`` holds.
+        """
+        try:
+            yield
+        except Exception as error:
+            # They may fail as well, each of its own error.
+            with suppress(MismatchError):
+                self.agree(f"refused: {in_words(error)}")
+            raise
+        self.agree(what)
 
     def plan(self, array: Any, op: Operation, algorithm: str, what: str) -> Plan | None:
         """Keep, and return, a plan for all-reduces of host arrays like this one."""

@@ -20,7 +20,7 @@ from mpizero.doctor.watch import Watch
 from mpizero.errors import LaunchError
 from mpizero.memory.cuda_aware import singleton_environment
 from mpizero.world.device import CudaDevice, import_cupy
-from mpizero.world.launcher import read_launch
+from mpizero.world.launcher import foreign_launch, read_launch
 from mpizero.world.startup import load_mpi
 
 # How long the steps may take at most before the ranks are said to hang. Importing from a busy
@@ -58,6 +58,10 @@ def gather(measure: Callable[[World], Timings] | None = None) -> tuple[Facts | N
             world = init()
         except Exception as problem:  # the singleton trap, settings that cannot be had, ...
             about = replace(_about(mpi), error=str(problem), started=bool(mpi.Is_initialized()))
+            if foreign := foreign_launch(os.environ, launch):
+                launcher = replace(
+                    launcher, name=foreign.launcher, rank=foreign.rank, size=foreign.size
+                )
             return _of_this_process(Facts((host,), launcher, about))
         return _of_all(world, host, launcher, mpi, measure, watch), world
 

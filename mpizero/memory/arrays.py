@@ -1,7 +1,8 @@
 """Arrays of any library as flat numpy or CuPy memory, without a copy where there is a way.
 
 ``open_array`` is the one door through which users' arrays come in. What can be shared is shared;
-a non-contiguous array is worked on in a contiguous copy that ``commit`` writes back.
+what MPI and fast loops cannot take as it lies (with gaps between elements, or at addresses that are
+no multiples of an element's size) is worked on in a copy that ``commit`` writes back.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class OpenArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        dtype: np.dtype[Any] = self.array.dtype
+        dtype: np.dtype[Any] = self.flat.dtype
         return dtype
 
     def commit(self) -> Any:
@@ -59,7 +60,7 @@ def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenA
     Raises ArgumentError for objects that are no array, and for read-only memory when ``writable``.
     """
     array = _as_array(x, function, argument)
-    if array.dtype.hasobject:
+    if array.dtype.hasobject or array.dtype.itemsize == 0:
         raise ArgumentError(function, argument, f"an array of {array.dtype}", "plain numbers")
     if writable and isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ArgumentError(
@@ -69,9 +70,16 @@ def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenA
             "a writable array",
             "Pass a copy, or give the result a place of its own with out=.",
         )
-    if array.flags.c_contiguous:
+    if not isinstance(array, np.ndarray):
+        if array.flags.c_contiguous:
+            return OpenArray(x, array, array.reshape(-1), False)
+        return OpenArray(x, array, array.ravel(), True)
+    if array.flags.c_contiguous and array.flags.aligned and array.dtype.names is None:
         return OpenArray(x, array, array.reshape(-1), False)
-    return OpenArray(x, array, array.ravel(), True)
+    dtype = _packed(array.dtype)
+    if array.flags.c_contiguous and array.flags.aligned and array.dtype == dtype:
+        return OpenArray(x, array, array.reshape(-1), False)
+    return OpenArray(x, array, np.array(array, dtype, order="C").reshape(-1), True)
 
 
 def empty_like(array: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
@@ -107,7 +115,12 @@ def put(values: Any, into: Any) -> None:
 
 def _as_array(x: Any, function: str, argument: str) -> Any:
     if isinstance(x, np.ndarray):
-        return x
+        if isinstance(x, np.ma.MaskedArray):
+            raise ArgumentError(
+                function, argument, "a masked array", "an array without a mask",
+                "x.filled(value) has a number in place of each masked one.",
+            )  # fmt: skip
+        return np.asarray(x)  # a matrix, for instance, has no one-dimensional form
     for owns, as_array in _bridges:
         if owns(x):
             return as_array(x)
@@ -134,6 +147,21 @@ def _from_dlpack(x: Any) -> Any:
     if kind == 2:  # kDLCUDA
         return _as_cupy(x)
     return np.from_dlpack(x)
+
+
+def _packed(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """A structured dtype without what lies between its fields (``x[["a", "c"]]`` leaves out b).
+
+    That is not the view's: it neither travels nor may be overwritten.
+    """
+    if dtype.subdtype is not None:
+        return np.dtype((_packed(dtype.subdtype[0]), dtype.shape))
+    if dtype.fields is None:
+        return dtype
+    fields = {name: field[0] for name, field in dtype.fields.items()}
+    if sum(each.itemsize for each in fields.values()) > dtype.itemsize:
+        return dtype  # they overlap: there are no gaps that a copy could leave out
+    return np.dtype([(name, _packed(fields[name])) for name in dtype.names or ()])
 
 
 def _describe(x: Any) -> str:

@@ -1,7 +1,8 @@
 """What the launcher (mpirun, mpiexec, srun, jsrun, ...) told this process through its environment.
 
 Read before MPI starts: the device must be bound first, and a launcher that speaks of n processes
-while MPI counts one is the trap in which every rank trains alone.
+while MPI counts one is the trap in which every rank trains alone. Launchers that know nothing of
+MPI (torchrun) are only asked where MPI counts one: their variables may be there for other reasons.
 """
 
 from __future__ import annotations
@@ -54,6 +55,55 @@ _LAUNCHERS = (
 )
 
 
+@dataclass(frozen=True)
+class _Foreign(_Variables):
+    """A launcher without MPI. ``mark``: what it alone sets; "" if others set its variables, too."""
+
+    mark: str = ""
+
+
+_FOREIGN = (
+    _Foreign(
+        "torchrun (or what calls it: accelerate launch, python -m torch.distributed.run)",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "TORCHELASTIC_RUN_ID",
+    ),
+    _Foreign(
+        "horovodrun without MPI",
+        "HOROVOD_RANK",
+        "HOROVOD_SIZE",
+        "HOROVOD_LOCAL_RANK",
+        "HOROVOD_SIZE",
+    ),
+    _Foreign(
+        "a launcher for torch (deepspeed, or one that sets RANK and WORLD_SIZE)",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    ),
+)
+_FOREIGN_NAMES = frozenset(names.launcher for names in _FOREIGN)
+_SLURM = ("srun", "a Slurm allocation")  # within which others start processes of their own
+
+
+def foreign_launch(environ: Mapping[str, str], launch: Launch | None) -> Launch | None:
+    """Who has started several processes without MPI, this one among them; None if nobody has.
+
+    ``launch``: what ``read_launch`` says. Where an mpirun has started this process alone, RANK and
+    WORLD_SIZE are left over from something else.
+    """
+    for names in _FOREIGN:
+        rank, size = _number(environ, names.rank), _number(environ, names.size)
+        if rank is None or size is None or size < 2 or rank >= size:
+            continue
+        alone = launch is not None and launch.size == 1 and launch.launcher not in _SLURM
+        if names.mark in environ or (not names.mark and not alone):
+            return Launch(names.launcher, rank, size, _number(environ, names.local_rank))
+    return None
+
+
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
     """Say who launched this process, or None for a plain ``python``."""
     for names in _LAUNCHERS:
@@ -74,6 +124,7 @@ def refuse_singleton(launch: Launch | None, environ: Mapping[str, str], library:
     ``library`` is MPI's own version string. Raises LaunchError with the remedy;
     ``MPIZERO_ALLOW_SINGLETON=1`` lets a process run alone on purpose.
     """
+    launch = foreign_launch(environ, launch) or launch
     if launch is None or environ.get("MPIZERO_ALLOW_SINGLETON") == "1":
         return
     if mistake := singleton_mistake(launch):
@@ -97,6 +148,13 @@ def singleton_mistake(launch: Launch) -> str:
 
 def singleton_remedy(launch: Launch) -> str:
     """What to start instead, or to rebuild, so that the ranks see each other."""
+    if launch.launcher in _FOREIGN_NAMES:
+        return (
+            f"Start the program with `mpirun -n {launch.size} python train.py` (or srun) in its "
+            "place: ranks find each other by MPI, and need no other launcher. If nothing of the "
+            "kind has started this process, its variables are left over in the environment "
+            "(RANK, WORLD_SIZE, ...): unset them."
+        )
     if launch.launcher == "a Slurm allocation":
         return (
             "Start the program with `srun --mpi=pmix python ...` (Open MPI) or "

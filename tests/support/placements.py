@@ -43,7 +43,7 @@ _NAMES = {
     # In blocks, in turn, mirrored, uneven with the odd one last and second; three, and four nodes.
     4: ["AAAA", "AABB", "ABAB", "ABBA", "AAAB", "ABAA", "ABBC", "ABCD"],
 }
-_NUMBERED_ANEW = {
+_NUMBERED_ANEW: dict[int, list[tuple[str, tuple[int, ...]]]] = {
     2: [("AB", (1, 0))],
     3: [("AAB", (2, 0, 1)), ("ABB", (1, 0, 2))],
     4: [("AABB", (0, 2, 3, 1)), ("AAAB", (3, 0, 1, 2))],

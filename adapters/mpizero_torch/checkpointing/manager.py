@@ -43,14 +43,18 @@ class CheckpointManager:
         world: World | None = None,
         **run: Any,
     ) -> None:
-        if keep < 1:
-            raise ArgumentError("CheckpointManager()", "keep", str(keep), "1 or more")
-        if when_busy not in ("wait", "skip"):
-            raise ArgumentError(
-                "CheckpointManager()", "when_busy", repr(when_busy), "'wait' or 'skip'"
-            )
-        self.directory, self._of = Path(directory), world or init()
+        self._of = world or init()
         self.world = Axes.of(self._of).everyone
+        with self.world.together("CheckpointManager()"):
+            if keep < 1:
+                raise ArgumentError("CheckpointManager()", "keep", str(keep), "1 or more")
+            if when_busy not in ("wait", "skip"):
+                raise ArgumentError(
+                    "CheckpointManager()", "when_busy", repr(when_busy), "'wait' or 'skip'"
+                )
+            self.directory = Path(directory)
+            if self.world.rank == 0:
+                folder.tidy(self.directory)
         self._keep, self._steps, self._minutes = keep, every_steps, every_minutes
         self._asynchronous, self._when_busy, self._run = asynchronous, when_busy, run
         self._guard = guard
@@ -59,9 +63,6 @@ class CheckpointManager:
         self.extra: dict[str, Any] = {}
         self._pending: PendingSave | None = None
         self._staying: set[Path] = set()  # older ones that are not as they were saved
-        if self.world.rank == 0:
-            folder.tidy(self.directory)
-        self.world.barrier()
 
     def step(self, step: int, **extra: Any) -> bool:
         """After training step number ``step``: save if it is time. Returns if so. Collective.
@@ -85,22 +86,23 @@ class CheckpointManager:
         Raises ArgumentError if the folder has checkpoints of later steps, which this run has not
         come from: they would be taken for its newest.
         """
-        if self._saved is None:
-            self._refuse_later(step)
-        if self._pending is not None:
-            busy = self._when_busy == "skip" and self._pending.running
-            if self._when_busy == "skip" and self.world.allreduce(int(busy), "max"):
-                return False
-            self.wait()
-        path = self.directory / f"step-{step:08}"
-        self._pending = save_run(
-            path, **self._run, extra={**extra, "step": step},
-            asynchronous=self._asynchronous, world=self._of, managed=True,
-        )  # fmt: skip
-        self._last, self._saved = time.monotonic(), step
-        if self._pending is None:
-            self._clean()
-        return True
+        with self.world.together("CheckpointManager.save()"):
+            if self._saved is None:
+                self._refuse_later(step)
+            if self._pending is not None:
+                busy = self._when_busy == "skip" and self._pending.running
+                if self._when_busy == "skip" and self.world.allreduce(int(busy), "max"):
+                    return False
+                self.wait()
+            path = self.directory / f"step-{step:08}"
+            self._pending = save_run(
+                path, **self._run, extra={**extra, "step": step},
+                asynchronous=self._asynchronous, world=self._of, managed=True,
+            )  # fmt: skip
+            self._last, self._saved = time.monotonic(), step
+            if self._pending is None:
+                self._clean()
+            return True
 
     def restore_latest(self, **options: Any) -> int | None:
         """Load the newest complete checkpoint; returns its step, or None if there is none yet.
@@ -110,15 +112,16 @@ class CheckpointManager:
         Collective. Raises what ``mz.load`` raises: a damaged one is no reason to go on from an
         older one in silence.
         """
-        self.wait()
-        found = self.world.broadcast_object(self.steps() if self.world.rank == 0 else None)
-        if not found:
-            return None
-        path = self.directory / f"step-{found[-1]:08}"
-        self.extra = load(path, **self._run, world=self._of, **options)
-        self._saved = int(self.extra["step"])
-        self._clean()  # a run that was killed may have had one to remove
-        return self._saved
+        with self.world.together("CheckpointManager.restore_latest()"):
+            self.wait()
+            found = self.world.broadcast_object(self.steps() if self.world.rank == 0 else None)
+            if not found:
+                return None
+            path = self.directory / f"step-{found[-1]:08}"
+            self.extra = load(path, **self._run, world=self._of, **options)
+            self._saved = int(self.extra["step"])
+            self._clean()  # a run that was killed may have had one to remove
+            return self._saved
 
     def steps(self) -> list[int]:
         """The steps of which there are complete checkpoints, as this rank sees the folder."""

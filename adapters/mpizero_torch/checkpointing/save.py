@@ -93,17 +93,18 @@ def save_run(
 ) -> PendingSave | None:
     """What ``save`` does; ``managed``: a ``CheckpointManager`` may remove it again."""
     world = _world_of(model, world)
-    parts, values = collect(
-        world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
-        extra=extra,
-    )  # fmt: skip
     everyone = Axes.of(world).everyone
-    job = Save(
-        Path(path), everyone, parts, values,
-        largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
-        managed=managed,
-    )  # fmt: skip
-    return carry_out(job, everyone, asynchronous)
+    with everyone.together("save()"):
+        parts, values = collect(
+            world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
+            extra=extra,
+        )  # fmt: skip
+        job = Save(
+            Path(path), everyone, parts, values,
+            largest_file=largest_file, writers_per_node=writers_per_node, writer=writer,
+            managed=managed,
+        )  # fmt: skip
+        return carry_out(job, everyone, asynchronous)
 
 
 def collect(
@@ -168,7 +169,8 @@ def load(
     read by then stays as read.
     """
     world = _world_of(model, world)
-    with Checkpoint(path, Axes.of(world).everyone) as checkpoint:
+    everyone = Axes.of(world).everyone
+    with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
             loader=loader, strict=strict, random=random,

@@ -135,7 +135,9 @@ class ShardedLoader:
         epoch, skip = self._position.epoch, self._position.done
         if self._own_sampler is not None and self._order is None:
             everyone = self.world if self.world.mesh is None else self.world.mesh.world
-            self._order = everyone.broadcast_object(list(self._own_sampler))
+            with everyone.telling():
+                order = [int(index) for index in self._own_sampler]
+            self._order = everyone.broadcast_object(order)
         batches = list(self._batches.epoch(epoch, self._order, skip))
         self._plan.begin(batches, (self._batches.seed, epoch, self.world.rank))
         if self._generator is not None:

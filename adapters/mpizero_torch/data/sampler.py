@@ -65,7 +65,9 @@ class ShardedSampler(Sampler[int]):
             order = self._indices.order(epoch).tolist()
         else:
             everyone = self._world if self._world.mesh is None else self._world.mesh.world
-            order = everyone.broadcast_object(list(self._sampler))
+            with everyone.telling():
+                own = [int(index) for index in self._sampler]
+            order = everyone.broadcast_object(own)
         needed = len(self) * self._world.size
         while 0 < len(order) < needed:
             order += order[: needed - len(order)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import Work
@@ -11,6 +12,19 @@ from torch.distributed import Work
 from mpizero import World
 from mpizero_torch.distributed.c10d import ProcessGroup
 from mpizero_torch.distributed.works import DoneWork, PendingWork
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def collective(call: _Call) -> _Call:
+    """A method of a group that all ranks call: where one cannot, the others are told."""
+
+    @functools.wraps(call)
+    def told(self: GroupCalls, *arguments: Any, **named: Any) -> Any:
+        with self.world.telling():
+            return call(self, *arguments, **named)
+
+    return told  # type: ignore[return-value]
 
 
 class GroupCalls(ProcessGroup):  # type: ignore[misc]
@@ -38,7 +52,11 @@ class GroupCalls(ProcessGroup):  # type: ignore[misc]
         if handle is not None:
             return PendingWork([handle], result, finish)
         if finish is not None:
-            finish()
+            try:
+                finish()
+            except Exception as error:  # what this rank does with what has come is its own affair
+                self.world.settle(error)
+                raise
         return DoneWork(result)
 
     def _together(self, works: Sequence[Work], result: Sequence[torch.Tensor]) -> Work:

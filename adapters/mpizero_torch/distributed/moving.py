@@ -22,7 +22,7 @@ from mpizero_torch.distributed.c10d import (
     GatherOptions,
     ScatterOptions,
 )
-from mpizero_torch.distributed.calls import GroupCalls
+from mpizero_torch.distributed.calls import GroupCalls, collective
 from mpizero_torch.distributed.profiled import shown_as
 
 _BROADCAST, _ALL_GATHER, _ALL_TO_ALL = BroadcastOptions(), AllgatherOptions(), AllToAllOptions()
@@ -33,6 +33,7 @@ class MovingCalls(GroupCalls):
     """Broadcast, gather, scatter, all-gather and all-to-all."""
 
     @shown_as("broadcast")
+    @collective
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any = _BROADCAST) -> Work:
         """Give every rank the root's tensor."""
         (tensor,) = tensors
@@ -41,6 +42,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, tensors)
 
     @shown_as("all_gather_into_tensor", inputs=1)
+    @collective
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = _ALL_GATHER
     ) -> Work:
@@ -62,6 +64,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
     @shown_as("all_gather", inputs=1)
+    @collective
     def allgather(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -79,6 +82,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, listed, dealt_out(flat, listed))
 
     @shown_as("all_gather", inputs=1)
+    @collective
     def allgather_coalesced(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -93,6 +97,7 @@ class MovingCalls(GroupCalls):
         return self._together(works, [tensor for listed in outputs for tensor in listed])
 
     @shown_as("all_gather_into_tensor", inputs=1)
+    @collective
     def all_gather_single_coalesced(
         self,
         outputs: Sequence[torch.Tensor],
@@ -107,6 +112,7 @@ class MovingCalls(GroupCalls):
         return self._together(works, outputs)
 
     @shown_as("gather", inputs=1)
+    @collective
     def gather(
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
@@ -127,6 +133,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, listed, dealt_out(flat, listed))
 
     @shown_as("scatter", inputs=1)
+    @collective
     def scatter(
         self,
         outputs: Sequence[torch.Tensor],
@@ -149,6 +156,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
     @shown_as("all_to_all", inputs=1)
+    @collective
     def all_to_all_single(
         self,
         output: torch.Tensor,
@@ -183,6 +191,7 @@ class MovingCalls(GroupCalls):
         return self._work(handle, [output], None if direct else dealt_out(into.view(-1), [output]))
 
     @shown_as("all_to_all", inputs=1)
+    @collective
     def alltoall(
         self,
         outputs: Sequence[torch.Tensor],

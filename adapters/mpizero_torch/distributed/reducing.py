@@ -20,7 +20,7 @@ from mpizero_torch.distributed.c10d import (
     ReduceOptions,
     ReduceScatterOptions,
 )
-from mpizero_torch.distributed.calls import GroupCalls
+from mpizero_torch.distributed.calls import GroupCalls, collective
 from mpizero_torch.distributed.operations import reduction_of
 from mpizero_torch.distributed.profiled import shown_as
 from mpizero_torch.distributed.sparse import all_reduce_sparse
@@ -33,6 +33,7 @@ class ReducingCalls(GroupCalls):
     """All-reduce, reduce and reduce-scatter."""
 
     @shown_as("all_reduce")
+    @collective
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine one tensor over all ranks, in place."""
         (tensor,) = tensors
@@ -48,6 +49,7 @@ class ReducingCalls(GroupCalls):
         return PendingWork([handle], tensors)
 
     @shown_as("all_reduce")
+    @collective
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = _ALL_REDUCE) -> Work:
         """Combine several tensors of one dtype over all ranks, in place, as if they were one."""
         if len(tensors) == 1:
@@ -58,6 +60,7 @@ class ReducingCalls(GroupCalls):
         return self._work(handle, tensors, dealt_out(flat, tensors))
 
     @shown_as("reduce")
+    @collective
     def reduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         """Combine one tensor over all ranks, for the root."""
         (tensor,) = tensors
@@ -73,6 +76,7 @@ class ReducingCalls(GroupCalls):
         return self._work(handle, tensors)
 
     @shown_as("reduce_scatter_tensor", inputs=1)
+    @collective
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = _REDUCE_SCATTER
     ) -> Work:
@@ -85,6 +89,7 @@ class ReducingCalls(GroupCalls):
         return self._reduce_scatter(output, input, opts)
 
     @shown_as("reduce_scatter", inputs=1)
+    @collective
     def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
@@ -100,6 +105,7 @@ class ReducingCalls(GroupCalls):
         return self._reduce_scatter(output, one_behind_another(listed), opts)
 
     @shown_as("reduce_scatter_tensor", inputs=1)
+    @collective
     def reduce_scatter_single_coalesced(
         self,
         outputs: Sequence[torch.Tensor],

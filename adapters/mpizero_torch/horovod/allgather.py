@@ -42,7 +42,8 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[torch.Tensor]:
     """``allgather`` of several tensors as one operation."""
-    listed = checked_tensors("hvd.allgather()", "tensor", tensors)
+    with process_set.negotiation.refusing(ALLGATHER, name):
+        listed = checked_tensors("hvd.allgather()", "tensor", tensors)
     if torch.is_grad_enabled() and any(each.requires_grad for each in listed):
         return list(_AllGather.apply(name, process_set, *listed))  # type: ignore[no-untyped-call]
     results, _ = submit_allgather(listed, name, process_set).wait()
@@ -55,7 +56,8 @@ def grouped_allgather_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """Submit a ``grouped_allgather``; ``synchronize(handle)`` returns the list of results."""
-    listed = checked_tensors("hvd.allgather()", "tensor", tensors)
+    with process_set.negotiation.refusing(ALLGATHER, name):
+        listed = checked_tensors("hvd.allgather()", "tensor", tensors)
     return submit_allgather(listed, name, process_set).then(lambda pair: pair[0])
 
 

@@ -12,7 +12,7 @@ from mpizero_torch.horovod.compression import Compression, Compressor
 from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import ReduceOp, checked_tensors, chosen
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
-from mpizero_torch.horovod.reduce import DIFFERENTIABLE, Reduction, submit_allreduce
+from mpizero_torch.horovod.reduce import ALLREDUCE, DIFFERENTIABLE, Reduction, submit_allreduce
 
 
 def allreduce(
@@ -97,11 +97,12 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[torch.Tensor]:
     """``allreduce`` of several tensors as one operation; small ones travel together."""
-    listed = checked_tensors("hvd.allreduce()", "tensor", tensors)
-    reduction = Reduction(
-        chosen("hvd.allreduce()", op, average), float(prescale_factor), float(postscale_factor)
-    )
-    pairs = [compression.compress(each) for each in listed]
+    with process_set.negotiation.refusing(ALLREDUCE, name):
+        listed = checked_tensors("hvd.allreduce()", "tensor", tensors)
+        reduction = Reduction(
+            chosen("hvd.allreduce()", op, average), float(prescale_factor), float(postscale_factor)
+        )
+        pairs = [compression.compress(each) for each in listed]
     small = [each for each, _ in pairs]
     if torch.is_grad_enabled() and any(each.requires_grad for each in small):
         results = _AllReduce.apply(name, reduction, process_set, *small)  # type: ignore[no-untyped-call]
@@ -165,8 +166,11 @@ def _submit(
     process_set: ProcessSet,
     in_place: bool,
 ) -> Handle:
-    listed = checked_tensors("hvd.allreduce()", "tensor", tensors)
-    reduction = Reduction(chosen("hvd.allreduce()", op, average), float(prescale), float(postscale))
+    with process_set.negotiation.refusing(ALLREDUCE, name):
+        listed = checked_tensors("hvd.allreduce()", "tensor", tensors)
+        reduction = Reduction(
+            chosen("hvd.allreduce()", op, average), float(prescale), float(postscale)
+        )
     return submit_allreduce(listed, reduction, name, process_set, in_place)
 
 

@@ -29,7 +29,8 @@ def alltoall(
     rows that came from rank 0, 1, ...; with ``splits`` also a tensor that says how many came from
     each. A gradient goes back to where its row came from.
     """
-    counts = _counts(tensor, splits, process_set)
+    with process_set.negotiation.refusing(ALLTOALL, name):
+        counts = _counts(tensor, splits, process_set)
     if torch.is_grad_enabled() and tensor.requires_grad:
         pair = _AllToAll.apply(tensor, counts, name, process_set)  # type: ignore[no-untyped-call]
     else:
@@ -44,7 +45,8 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """Submit an ``alltoall``; ``synchronize(handle)`` returns its result. (No gradient.)"""
-    counts = _counts(tensor, splits, process_set)
+    with process_set.negotiation.refusing(ALLTOALL, name):
+        counts = _counts(tensor, splits, process_set)
     return _submit(tensor, counts, name, process_set).then(lambda pair: _answer(pair, splits))
 
 
@@ -86,7 +88,8 @@ def _submit(
         sent = torch.tensor(counts)
         received = torch.empty_like(sent)
         world.all_to_all(sent, out=received)
-        result = own.new_empty((int(received.sum()), *own.shape[1:]))
+        with world.telling():
+            result = own.new_empty((int(received.sum()), *own.shape[1:]))
         world.all_to_all_uneven(own, counts, out=result, out_counts=received.tolist())
         return result, received
 

@@ -26,7 +26,8 @@ def broadcast(
     ``root_rank`` counts all ranks, also in a process set, which it must be one of. Shape and dtype
     must be the same on all ranks. A gradient flows back to the root: the average over the ranks.
     """
-    if torch.is_grad_enabled() and tensor.requires_grad:
+    needs_gradient = isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    if torch.is_grad_enabled() and needs_gradient:
         result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-untyped-call]
     else:
         result = _submit(tensor, root_rank, name, process_set, False).wait()
@@ -72,9 +73,10 @@ def _submit(
     in_place: bool,
 ) -> Handle:
     negotiation = process_set.negotiation
-    checked_tensors("hvd.broadcast()", "tensor", [tensor])
-    root = process_set.local(root_rank, "hvd.broadcast()")
-    result = tensor.detach() if in_place else tensor.detach().clone()
+    with negotiation.refusing(BROADCAST, name):
+        checked_tensors("hvd.broadcast()", "tensor", [tensor])
+        root = process_set.local(root_rank, "hvd.broadcast()")
+        result = tensor.detach() if in_place else tensor.detach().clone()
 
     def work(world: World) -> torch.Tensor:
         world.broadcast(result, root)
@@ -90,8 +92,8 @@ class _Broadcast(torch.autograd.Function):
         ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
     ) -> torch.Tensor:
         ctx.how = None if name is None else f"{name}.gradient", process_set
-        ctx.is_root = process_set.rank() == process_set.local(root_rank, "hvd.broadcast()")
         result: torch.Tensor = _submit(tensor, root_rank, name, process_set, False).wait()
+        ctx.is_root = process_set.rank() == process_set.local(root_rank, "hvd.broadcast()")
         return result
 
     @staticmethod

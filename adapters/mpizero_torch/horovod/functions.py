@@ -23,7 +23,21 @@ def broadcast_parameters(
     ``params``: a dict (``model.state_dict()``), or pairs of names and tensors
     (``model.named_parameters()``); the same names, shapes and dtypes on all ranks.
     """
-    function = "hvd.broadcast_parameters()"
+    kind, function = "broadcast_parameters", "hvd.broadcast_parameters()"
+    with process_set.negotiation.refusing(kind, None):
+        tensors = _named_tensors(function, params)
+        root = process_set.local(root_rank, function)
+
+    def work(world: World) -> None:
+        words = [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in tensors.items()]
+        world.agree(words, "parameters")
+        broadcast_tensors(list(tensors.values()), world, root)
+
+    _do(process_set, kind, None, f"root_rank {root_rank}", work)
+
+
+def _named_tensors(function: str, params: Any) -> dict[str, torch.Tensor]:
+    """What there is to broadcast, by name. ArgumentError for what is no tensor."""
     if isinstance(params, Mapping):
         pairs = sorted(params.items())
     elif isinstance(params, Iterable):
@@ -43,14 +57,7 @@ def broadcast_parameters(
                 function, "params", f"a {type(each).__name__} at {name!r}", "tensors",
                 "Take broadcast_object() for the rest.",
             )  # fmt: skip
-    root = process_set.local(root_rank, function)
-
-    def work(world: World) -> None:
-        words = [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in tensors.items()]
-        world.agree(words, "parameters")
-        broadcast_tensors(list(tensors.values()), world, root)
-
-    _do(process_set, "broadcast_parameters", None, f"root_rank {root_rank}", work)
+    return tensors
 
 
 def broadcast_optimizer_state(
@@ -64,9 +71,15 @@ def broadcast_optimizer_state(
     Any of ``torch.optim``; what the root has no state for has none on the others either. ``model``
     is taken, and not needed.
     """
-    root = process_set.local(root_rank, "hvd.broadcast_optimizer_state()")
+    kind = "broadcast_optimizer_state"
+    with process_set.negotiation.refusing(kind, None):
+        root = process_set.local(root_rank, f"hvd.{kind}()")
 
     def work(world: World) -> None:
+        with world.together(f"hvd.{kind}()"):
+            send(world)
+
+    def send(world: World) -> None:
         is_root = world.rank == root
         state: Any = optimizer.state_dict() if is_root else None
         found: list[torch.Tensor] = []
@@ -86,7 +99,7 @@ def broadcast_optimizer_state(
         if not is_root:
             optimizer.load_state_dict(state)
 
-    _do(process_set, "broadcast_optimizer_state", None, f"root_rank {root_rank}", work)
+    _do(process_set, kind, None, f"root_rank {root_rank}", work)
 
 
 def broadcast_object(
@@ -96,9 +109,11 @@ def broadcast_object(
     process_set: ProcessSet = global_process_set,
 ) -> Any:
     """The picklable object of ``root_rank``, on every rank. Collective."""
-    root = process_set.local(root_rank, "hvd.broadcast_object()")
+    kind = "broadcast_object"
+    with process_set.negotiation.refusing(kind, name):
+        root = process_set.local(root_rank, f"hvd.{kind}()")
     return _do(
-        process_set, "broadcast_object", name, f"root_rank {root_rank}",
+        process_set, kind, name, f"root_rank {root_rank}",
         lambda world: world.broadcast_object(obj, root),
     )  # fmt: skip
 

@@ -14,17 +14,21 @@ nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from mpizero import ArgumentError, MismatchError, World
+from mpizero.errors import in_words
 
 # What a rank that has joined does for an operation of the others': by kind; given the operation's
 # name, and what the others tell of its form.
 Stand_in = Callable[[World, str, Any], None]
 _stand_ins: dict[str, Stand_in] = {}
+
+_REFUSED = "refused: "  # how the form of what a rank could not submit begins
 
 
 def stand_in(kind: str, work: Stand_in) -> None:
@@ -111,6 +115,23 @@ class Negotiation:
         self._unnamed[kind] = number = self._unnamed.get(kind, 0) + 1
         return f"{kind}.noname.{number}"
 
+    @contextmanager
+    def refusing(self, kind: str, name: str | None) -> Iterator[None]:
+        """What precedes the submission of an operation: if it fails here, that fails everywhere.
+
+        The others, who have submitted it, find this rank's error in the place of its form.
+        """
+        try:
+            yield
+        except Exception as error:
+            own = self.name(kind, name)
+            if (kind, own) not in self._pending:
+                # They may refuse as well, each for its own reason.
+                with suppress(MismatchError):
+                    refused = Handle(kind, own, f"{_REFUSED}{in_words(error)}", lambda world: None)
+                    self.submit(refused).wait()
+            raise
+
     def submit(self, handle: Handle) -> Handle:
         """Add an operation. ArgumentError if one of its name waits to be carried out."""
         if handle.key in self._pending:
@@ -195,9 +216,10 @@ class Negotiation:
         kind, name = key
         mine = self._pending.pop(key, None)
         error: Exception | None = None
-        if len(set(forms.values())) > 1:
+        if len(set(forms.values())) > 1 or any(map(_is_refusal, forms.values())):
             lines = "".join(f"\n  rank {rank}: {form}" for rank, form in forms.items())
             error = MismatchError(f"hvd.{kind} '{name}' differs between the ranks:{lines}")
+            error.reported_elsewhere = self._world.rank != min(forms)
         elif joined and kind not in _stand_ins:
             error = MismatchError(
                 f"hvd.{kind} '{name}': ranks {list(joined)} have joined (hvd.join()), and can take "
@@ -230,6 +252,10 @@ class Negotiation:
         if self._joined_at is not None:
             return "This rank is in hvd.join()."
         return f"This rank waits for {'; '.join(map(str, mine[:8]))}."
+
+
+def _is_refusal(form: str) -> bool:
+    return form.startswith(_REFUSED)
 
 
 def _fingerprint(handles: Sequence[Handle]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,26 +57,28 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
     Collective. Raises ArgumentError for names that are doubled or missing, and for options that do
     not go together; MismatchError if parameters differ between ranks.
     """
-    _check(op, gradient_predivide_factor, backward_passes_per_step, num_groups, groups)
-    names = _names(optimizer, named_parameters)
-    base = type(optimizer)
-    mixin = _Adasum if op is Adasum else _Reduced
-    kind: Any = type(base.__name__, (mixin, base), {})
-    new = kind.__new__(kind)
-    # Parameters, options and state are those of the optimizer that was given, not copies. But a
-    # scheduler that counts its steps has put a step() into it that is the plain one.
-    new.__dict__.update((k, v) for k, v in optimizer.__dict__.items() if k != "step")
-    new._begin(
-        optimizer,
-        names,
-        process_set,
-        compression,
-        int(backward_passes_per_step),
-        op,
-        float(gradient_predivide_factor),
-        sparse_as_dense,
-    )
-    return new
+    takes_part = process_set.included()
+    with process_set.world.together(_NAME) if takes_part else nullcontext():
+        _check(op, gradient_predivide_factor, backward_passes_per_step, num_groups, groups)
+        names = _names(optimizer, named_parameters)
+        base = type(optimizer)
+        mixin = _Adasum if op is Adasum else _Reduced
+        kind: Any = type(base.__name__, (mixin, base), {})
+        new = kind.__new__(kind)
+        # Parameters, options and state are those of the optimizer that was given, not copies. But a
+        # scheduler that counts its steps has put a step() into it that is the plain one.
+        new.__dict__.update((k, v) for k, v in optimizer.__dict__.items() if k != "step")
+        new._begin(
+            optimizer,
+            names,
+            process_set,
+            compression,
+            int(backward_passes_per_step),
+            op,
+            float(gradient_predivide_factor),
+            sparse_as_dense,
+        )
+        return new
 
 
 class _Distributed(torch.optim.Optimizer):

@@ -117,10 +117,11 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
         new._bind(number, [of_job[each] for each in part.job_ranks], part)
     else:
         ranks = new.ranks or []
-        if not ranks or ranks[0] < 0 or ranks[-1] >= world.size:
-            raise ArgumentError(
-                function, "process_set", str(ranks), f"ranks from 0 to {world.size - 1}"
-            )
+        with world.telling():
+            if not ranks or ranks[0] < 0 or ranks[-1] >= world.size:
+                raise ArgumentError(
+                    function, "process_set", str(ranks), f"ranks from 0 to {world.size - 1}"
+                )
         new._bind(number, ranks, world.split(0 if world.rank in ranks else None))
     _registered[number] = new
     return new

@@ -13,7 +13,13 @@ from mpizero_torch.horovod.compression import Compression, Compressor
 from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import Average, ReduceOp, checked_tensors, chosen
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
-from mpizero_torch.horovod.reduce import DIFFERENTIABLE, Reduction, scale_, submit_reducescatter
+from mpizero_torch.horovod.reduce import (
+    DIFFERENTIABLE,
+    REDUCESCATTER,
+    Reduction,
+    scale_,
+    submit_reducescatter,
+)
 
 
 def reducescatter(
@@ -64,11 +70,12 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[torch.Tensor]:
     """``reducescatter`` of several tensors as one operation."""
-    listed = checked_tensors("hvd.reducescatter()", "tensor", tensors)
-    reduction = Reduction(
-        chosen("hvd.reducescatter()", op), float(prescale_factor), float(postscale_factor)
-    )
-    pairs = [compression.compress(each) for each in listed]
+    with process_set.negotiation.refusing(REDUCESCATTER, name):
+        listed = checked_tensors("hvd.reducescatter()", "tensor", tensors)
+        reduction = Reduction(
+            chosen("hvd.reducescatter()", op), float(prescale_factor), float(postscale_factor)
+        )
+        pairs = [compression.compress(each) for each in listed]
     small = [each for each, _ in pairs]
     if torch.is_grad_enabled() and any(each.requires_grad for each in small):
         results = _ReduceScatter.apply(name, reduction, process_set, *small)  # type: ignore[no-untyped-call]
@@ -86,10 +93,11 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Handle:
     """Submit a ``grouped_reducescatter``; ``synchronize(handle)`` returns the list of results."""
-    listed = checked_tensors("hvd.reducescatter()", "tensor", tensors)
-    reduction = Reduction(
-        chosen("hvd.reducescatter()", op), float(prescale_factor), float(postscale_factor)
-    )
+    with process_set.negotiation.refusing(REDUCESCATTER, name):
+        listed = checked_tensors("hvd.reducescatter()", "tensor", tensors)
+        reduction = Reduction(
+            chosen("hvd.reducescatter()", op), float(prescale_factor), float(postscale_factor)
+        )
     return submit_reducescatter(listed, reduction, name, process_set)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mpizero import ArgumentError
-from mpizero_torch.horovod.allgather import submit_allgather
+from mpizero_torch.horovod.allgather import ALLGATHER, submit_allgather
 from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import Average, ReduceOp, Sum, chosen
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
@@ -25,18 +25,20 @@ def sparse_allreduce_async(
     number of elements in any places.
     """
     function = "hvd.sparse_allreduce_async()"
-    op = chosen(function, op)
-    if op not in (Average, Sum):
-        raise ArgumentError(function, "op", str(op), "Average or Sum")
-    if tensor.layout is not torch.sparse_coo:
-        raise ArgumentError(function, "tensor", f"of layout {tensor.layout}", "a sparse COO tensor")
-    own = tensor.detach().coalesce()
+    with process_set.negotiation.refusing(ALLGATHER, name):
+        chosen_op = chosen(function, op)
+        if chosen_op not in (Average, Sum):
+            raise ArgumentError(function, "op", str(op), "Average or Sum")
+        if tensor.layout is not torch.sparse_coo:
+            given = f"of layout {tensor.layout}"
+            raise ArgumentError(function, "tensor", given, "a sparse COO tensor")
+        own = tensor.detach().coalesce()
     size = process_set.size()
 
     def total(results: tuple[list[torch.Tensor], object]) -> torch.Tensor:
         (indices, values), _ = results
         found = sparse(indices, values, tensor.shape)
-        return found / size if op is Average else found
+        return found / size if chosen_op is Average else found
 
     parts = [own.indices().t().contiguous(), own.values()]
     return submit_allgather(parts, name, process_set).then(total)

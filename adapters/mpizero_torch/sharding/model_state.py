@@ -26,22 +26,25 @@ def whole_state_dict(
     parameter, and train it as it is, it is the very one, as torch has it.
     """
     world = state.group.world
-    if not 0 <= (root or 0) < world.size:
-        raise ArgumentError("state_dict()", "root", str(root), f"0 to {world.size - 1}, or None")
-    found: dict[str, Any] = module.state_dict(*args, **kwargs, keep_vars=True)
-    number = {id(parameter): index for index, (_, parameter) in enumerate(state.named)}
-    collected: dict[int, Any] = {}  # tied parameters have several names
-    wanted = root is None or root == world.rank
-    for name, value in list(found.items()):
-        index = number.get(id(value))
-        if index is not None and state.is_scattered(index):
-            if index not in collected:
-                own = state.collect(index, root)
-                collected[index] = None if own is None else slices.wrap(own, value)
-            found[name] = collected[index]
-        elif isinstance(value, torch.Tensor):
-            found[name] = value.detach()
-    return found if wanted else {}
+    with world.together("state_dict()"):
+        if not 0 <= (root or 0) < world.size:
+            raise ArgumentError(
+                "state_dict()", "root", str(root), f"0 to {world.size - 1}, or None"
+            )
+        found: dict[str, Any] = module.state_dict(*args, **kwargs, keep_vars=True)
+        number = {id(parameter): index for index, (_, parameter) in enumerate(state.named)}
+        collected: dict[int, Any] = {}  # tied parameters have several names
+        wanted = root is None or root == world.rank
+        for name, value in list(found.items()):
+            index = number.get(id(value))
+            if index is not None and state.is_scattered(index):
+                if index not in collected:
+                    own = state.collect(index, root)
+                    collected[index] = None if own is None else slices.wrap(own, value)
+                found[name] = collected[index]
+            elif isinstance(value, torch.Tensor):
+                found[name] = value.detach()
+        return found if wanted else {}
 
 
 @contextmanager
@@ -57,6 +60,14 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
     if not isinstance(model, DistributedModule) or not isinstance(state, ShardedState):
         yield model.module if isinstance(model, DistributedModule) else model
         return
+    with state.group.world.together("gathered()"):
+        with _whole(model, state, modify):
+            yield model.module
+        state.memory.settle()
+
+
+@contextmanager
+def _whole(model: Any, state: ShardedState, modify: bool) -> Iterator[None]:
     model.hold_parameters()
     parameters = [parameter for _, parameter in state.named]
     homes = [slices.local(parameter).data for parameter in parameters]
@@ -65,7 +76,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
             slices.move(parameter, home.clone())
         state.memory.settle()
     try:
-        yield model.module
+        yield
         if modify:
             broadcast_tensors(parameters, state.group.world, root=0)
             for index, parameter in enumerate(parameters):
@@ -74,13 +85,13 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
         for parameter, home in zip(parameters, homes, strict=True):
             slices.move(parameter, home)
         model.let_parameters_go()
-    state.memory.settle()
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Load a plain module's state_dict, which every rank must be given (rank 0's holds)."""
-    with gathered(model, modify=True) as inner:
-        result = inner.load_state_dict(state_dict, *args, **kwargs)
-        buffers = [buffer for _, buffer in inner.named_buffers()]
-    broadcast_tensors(buffers, model.world, root=0)
-    return result
+    with model.world.together("load_state_dict()"):
+        with gathered(model, modify=True) as inner:
+            result = inner.load_state_dict(state_dict, *args, **kwargs)
+            buffers = [buffer for _, buffer in inner.named_buffers()]
+        broadcast_tensors(buffers, model.world, root=0)
+        return result

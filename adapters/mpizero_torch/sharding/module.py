@@ -250,7 +250,7 @@ class ShardedModule(DistributedModule):
         members: list[int] = []
         for parameter in group["params"]:
             index = names.get(id(parameter))
-            if index is None or self._state.space_of[index].group >= 0:
+            if index is None or self.optimizer.has(index) or index in members:
                 raise ArgumentError(
                     "add_param_group()", "params", f"a parameter of shape {tuple(parameter.shape)}",
                     "parameters of the model that are in no group of the optimizer",

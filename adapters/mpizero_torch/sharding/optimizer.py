@@ -94,11 +94,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         and, for a moment, one piece of a parameter's state.
         """
         state = self._module.state
-        found = consolidate(self._inner, self._runs, self._members, state.shapes, state.group, root)
-        indices = [index for members in self._members for index in members]
-        for number, values in found["state"].items():
-            _as_placed(values, state.named[indices[number]][1])
-        return found
+        with state.group.world.together("state_dict()"):
+            found = consolidate(
+                self._inner, self._runs, self._members, state.shapes, state.group, root
+            )
+            indices = [index for members in self._members for index in members]
+            for number, values in found["state"].items():
+                _as_placed(values, state.named[indices[number]][1])
+            return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state_dict of a plain optimizer, or ``state_dict()``'s, on every rank.
@@ -140,6 +143,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def holds_gradients(self) -> bool:
         """Are there gradients in the shards, to which the next ones are added?"""
         return any(run.has_gradient for run in self._runs)
+
+    def has(self, index: int) -> bool:
+        """Is this parameter in one of its groups?"""
+        return any(index in members for members in self._members)
 
     @property
     def inner(self) -> torch.optim.Optimizer:

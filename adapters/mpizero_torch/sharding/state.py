@@ -32,7 +32,7 @@ from mpizero_torch.sharding.units import Unit, WholeSpace
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 
-FROZEN = -1  # the group of parameters that are in none of the optimizer's
+FROZEN = -1  # the group of parameters that are in none of the optimizer's, or can't be trained
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,13 @@ class ShardedState:
         self.add(FROZEN, [i for i in range(len(self.named)) if i not in self.space_of])
 
     def add(self, group: int, members: Iterable[int]) -> list[OwnSpace]:
-        """Move the parameters ``members`` of an optimizer's group to sharded memory. Collective."""
+        """Move the parameters ``members`` of an optimizer's group to sharded memory. Collective.
+
+        Those that can have no gradient (integers, as quantised models have them) are left out:
+        whatever group they are in, they are kept like those that are in none.
+        """
+        if group != FROZEN:
+            members = [i for i in members if tensors.can_have_gradient(self.named[i][1])]
         keys: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in sorted(members, reverse=True):
             parameter = self.named[index][1]

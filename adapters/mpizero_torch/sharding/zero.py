@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, take_lane
-from mpizero_torch import slices
+from mpizero_torch import slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -82,63 +82,76 @@ def zero(
     Raises ArgumentError and MismatchError for what cannot be right, before anything is changed.
     """
     world = world if world is not None else init()
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
-    if isinstance(model, DistributedModule):
-        raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
-    if precision not in _PRECISIONS:
-        raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
-    if offload not in (None, "cpu", "disk"):
-        raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
-    if stage == 0:
-        _refuse_for_replicas(precision, offload, shard_group)
-        return DistributedDataParallel(
-            model, world=world, broadcast_buffers=broadcast_buffers
-        ), optimizer
-    named = list(model.named_parameters())
-    groups = _group_numbers(optimizer, named)
-    slices.check("zero()", named, world)
-    are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
-    partition = choose_partition(optimizer, partition, are_cut)
-    _agree(world, named, list(model.named_buffers()), groups, partition, stage)
-    lane = take_lane(world)
-    group = ShardGroup(lane.world, shard_group)
-    sharding = Sharding(
-        stage,
-        partition,
-        _where(group, stage, share_parameters),
-        max(64, int(segment_mb * 2**20)),
-        _PRECISIONS[precision],
-        accumulate_in_float32,
-        offload,
-    )
-    if sharding.how == SHARDED:
-        _refuse_compiled(model)
-        if world.mesh is not None and world.mesh.pp.size > 1:
+    with world.together("zero()"):
+        if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+            raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
+        if isinstance(model, DistributedModule):
+            raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
+        if precision not in _PRECISIONS:
+            raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
+        if offload not in (None, "cpu", "disk"):
+            raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
+        if stage == 0:
+            _refuse_for_replicas(precision, offload, shard_group)
+            return DistributedDataParallel(
+                model, world=world, broadcast_buffers=broadcast_buffers
+            ), optimizer
+        named = list(model.named_parameters())
+        _check_dtypes(named)
+        groups = _group_numbers(optimizer, named)
+        slices.check("zero()", named, world)
+        are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
+        partition = choose_partition(optimizer, partition, are_cut)
+        _agree(world, named, list(model.named_buffers()), groups, partition, stage)
+        lane = take_lane(world)
+        group = ShardGroup(lane.world, shard_group)
+        sharding = Sharding(
+            stage,
+            partition,
+            _where(group, stage, share_parameters),
+            max(64, int(segment_mb * 2**20)),
+            _PRECISIONS[precision],
+            accumulate_in_float32,
+            offload,
+        )
+        if sharding.how == SHARDED:
+            _refuse_compiled(model)
+            if world.mesh is not None and world.mesh.pp.size > 1:
+                raise ArgumentError(
+                    "zero()", "stage", "3 without shared parameters, for a stage of a pipeline",
+                    "stage 1 or 2, or shared parameters",
+                    "Its parameters would be gathered anew for each micro-batch, both ways, and "
+                    "torch's schedules differentiate a stage in ways that do not tell when.",
+                )  # fmt: skip
+        before = optimizer.state_dict() if optimizer.state else None
+        sharded = ShardedOptimizer(optimizer)
+        module = ShardedModule(
+            model,
+            sharded,
+            groups,
+            world,
+            lane,
+            group,
+            sharding,
+            broadcast_buffers=broadcast_buffers,
+            loss_scale=LossScale() if sharding.precision == torch.float16 else None,
+            aside=StateOnDisk(offload_dir) if offload == "disk" else None,
+            initialise=initialise,
+        )
+        if before is not None:
+            sharded.load_state_dict(before)
+        return module, sharded
+
+
+def _check_dtypes(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named:
+        try:
+            tensors.numpy_dtype(parameter.dtype)
+        except TypeError as error:
             raise ArgumentError(
-                "zero()", "stage", "3 without shared parameters, for a stage of a pipeline",
-                "stage 1 or 2, or shared parameters",
-                "Its parameters would be gathered anew for each micro-batch, both ways, and "
-                "torch's schedules differentiate a stage in ways that do not tell when.",
-            )  # fmt: skip
-    before = optimizer.state_dict() if optimizer.state else None
-    sharded = ShardedOptimizer(optimizer)
-    module = ShardedModule(
-        model,
-        sharded,
-        groups,
-        world,
-        lane,
-        group,
-        sharding,
-        broadcast_buffers=broadcast_buffers,
-        loss_scale=LossScale() if sharding.precision == torch.float16 else None,
-        aside=StateOnDisk(offload_dir) if offload == "disk" else None,
-        initialise=initialise,
-    )
-    if before is not None:
-        sharded.load_state_dict(before)
-    return module, sharded
+                "zero()", "model", f"one whose parameter '{name}' is of {parameter.dtype}",
+                "parameters of dtypes that can travel", f"({error})",
+            ) from None  # fmt: skip
 
 
 def _group_numbers(optimizer: Any, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[int]]:
