@@ -199,18 +199,22 @@ class Oracle:
         count = len(sides[0].models)
         self.lying = [[Lying() for _ in sides] for _ in range(count)]
         self.unreduced: list[set[int]] = [set() for _ in range(count)]
-        self._came: set[int] = set()
+        self._came: set[int] = set()  # in this pass
+        self._since: set[int] = set()  # since the last average
         for side in sides:
             for model in range(count):
                 for parameter in side.parameters(model):
-                    parameter.register_post_accumulate_grad_hook(
-                        lambda each: self._came.add(id(each))
-                    )
+                    parameter.register_post_accumulate_grad_hook(lambda each: self._note(each))
+
+    def _note(self, parameter: torch.Tensor) -> None:
+        self._came.add(id(parameter))
+        self._since.add(id(parameter))
 
     def comparable(self, model: int) -> bool:
         """Is it said anywhere what ``.grad`` is now? Not while weighted ones wait for the rest."""
-        return not any(each.stated and each.factor == 1.0 for each in self.lying[model]) or not (
-            self.unreduced[model]
+        return (
+            not any(each.stated and each.factor == 1.0 for each in self.lying[model])
+            or not (self.unreduced[model])
         )
 
     def equal(self, model: int) -> bool:
@@ -289,9 +293,7 @@ class Oracle:
         lying = [self.lying[model][side.rank] for side in sides]
         stated = lying[0].stated
         whole = sum(each.weight for each in lying) if stated else float(len(sides))
-        for index, each in enumerate(
-            zip(*(side.parameters(model) for side in sides), strict=True)
-        ):
+        for index, each in enumerate(zip(*(side.parameters(model) for side in sides), strict=True)):
             if not each[0].requires_grad and index not in self.unreduced[model]:
                 continue
             found = [p.grad for p in each if p.grad is not None]
@@ -317,10 +319,11 @@ class Oracle:
 
     def _call_hooks(self, model: int, sides: list[Side]) -> None:
         for each in zip(*(side.parameters(model) for side in sides), strict=True):
-            if any(id(p) in self._came for p in each):
+            if any(id(p) in self._since for p in each):
+                self._since.difference_update(map(id, each))
                 for side, parameter in zip(sides, each, strict=True):
                     hook = self.hooks[side.rank].get(parameter)
-                    if hook is not None:
+                    if hook is not None and parameter.grad is not None:
                         hook(parameter)
 
     def _active_sides(self) -> list[Side]:

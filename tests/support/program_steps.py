@@ -138,8 +138,10 @@ def _draw_train(draw: Draw) -> dict[str, Any]:
     weights = draw.weights(passes)
     same = draw.often(0.5) or draw.setting.weights == "mixed"
     again, form = draw.one(None, None, None, False, True), draw.one(*list(FORMS)[:-1], "tensor")
-    if draw.often(0.1):
+    if draw.often(0.1) and draw.setting.weights == "never":
         form, same = "closure", True
+    if again is not None and graph == "two" and any(map(_has_buffers, draw.setting.shapes)):
+        graph = "one"
     # A second backward through a graph that was checkpointed is torch's to refuse.
     if graph == "retain":
         again = None
@@ -154,6 +156,10 @@ def _draw_train(draw: Draw) -> dict[str, Any]:
         "penalty": again is None and draw.often(0.15),
         "average_last": draw.often(0.85),
     }
+
+
+def _has_buffers(shape: Shape) -> bool:
+    return shape.norm or shape.count
 
 
 def _train(
@@ -387,7 +393,8 @@ def _convert(side: Side, number: int, *, dtype: str, last: bool) -> Events:
 
 
 def _equal(oracle: Oracle, options: dict[str, Any]) -> bool:
-    return oracle.equal(options["model"])
+    found = any(p.grad is not None for p in oracle.sides[0].parameters(options["model"]))
+    return found and oracle.equal(options["model"])
 
 
 def _comparable(oracle: Oracle, options: dict[str, Any]) -> bool:
@@ -440,13 +447,17 @@ STEPS: dict[str, Kind] = {
         lambda draw: {
             "model": draw.model,
             "layers": draw.layers,
-            "how": draw.one("data", "data", "tensor", "in place", "own", "new"),
+            "how": draw.one("data", "data", "tensor", "in place", "own", "new")
+            if draw.setting.weights == "never"
+            else draw.one("data", "tensor", "in place", "own"),
         },
         _rewrite,
         2.0,
         _comparable,
     ),
-    "keep": Kind(lambda draw: {"model": draw.model, "layers": draw.layers}, _keep, 1.5, _comparable),
+    "keep": Kind(
+        lambda draw: {"model": draw.model, "layers": draw.layers}, _keep, 1.5, _comparable
+    ),
     "write": Kind(
         lambda draw: {"model": draw.model, "how": draw.one("in place", "other memory")}, _write, 0.7
     ),
@@ -465,8 +476,7 @@ def draw_steps(draw: Draw, count: int) -> list[Step]:
     """A program's lines."""
     names = list(STEPS)
     often = [
-        3.0 if name == "convert" and draw.setting.converts else STEPS[name].often
-        for name in names
+        3.0 if name == "convert" and draw.setting.converts else STEPS[name].often for name in names
     ]
     if draw.setting.hooks:
         often[names.index("step")] = 0.0

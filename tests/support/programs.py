@@ -155,7 +155,8 @@ class Run:
 
     def outcome(self) -> Outcome:
         """Run it to its end."""
-        for self._at, step in enumerate(self._program.steps):
+        for at, step in enumerate(self._program.steps):
+            self._at = at
             if not step.applies(self._oracle):
                 continue
             found = self._one(step)
@@ -217,7 +218,7 @@ class Run:
         kinds = {kind for kind, _ in of_all} - {""}
         if not kinds:
             return None
-        worst = "faulty" if "faulty" in kinds else "refused"
+        worst = "refused" if "refused" in kinds else "faulty"
         lines = [f"  rank {rank}: {text}" for rank, (_, text) in enumerate(of_all) if text]
         return Outcome(worst, "\n".join([self._program.listing(self._at), *lines]))
 
