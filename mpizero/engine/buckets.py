@@ -14,8 +14,8 @@ from mpizero.layout import FlatLayout
 
 Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
 
-# Behind its gradients a bucket carries two numbers for each of them: is there a gradient at all, and
-# has any come since the last average? Summed with the rest, they tell every rank for free.
+# Behind its gradients a bucket carries two numbers for each of them: is there a gradient at all,
+# and has one come since the last average? Summed with the rest, they tell every rank for free.
 _USED, _FRESH = "(used)", "(fresh)"
 
 

@@ -121,7 +121,7 @@ class Side:
     size: int
     models: list[Any]
     real: bool
-    optimizers: list[torch.optim.Optimizer | None] = field(default_factory=list)
+    optimizers: list[Any] = field(default_factory=list)  # None: steps are taken in backward
     kept: list[torch.Tensor] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
     store: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +129,16 @@ class Side:
     @property
     def inner(self) -> list[Net]:
         return [getattr(model, "module", model) if self.real else model for model in self.models]
+
+    @property
+    def hooked(self) -> bool:
+        """Are the optimizer's steps taken in backward?"""
+        return None in self.optimizers
+
+    def step(self, model: int) -> None:
+        """The optimizer's, which torch's fused ones refuse where there is no gradient."""
+        if any(parameter.grad is not None for parameter in self.parameters(model)):
+            self.optimizers[model].step()
 
     def parameters(self, model: int) -> list[nn.Parameter]:
         return list(self.inner[model].parameters())
@@ -173,9 +183,25 @@ class After:
     full: bool = True
 
 
+@dataclass(frozen=True)
+class Joined:
+    """In a ``join`` each rank has done so many steps; ``passes(step)`` gives its losses."""
+
+    model: int
+    steps: tuple[int, ...]
+    passes: Any
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All ranks have loaded what they had saved."""
+
+    model: int
+
+
 @dataclass
 class Lying:
-    """What the gradients of one model lie as, on one rank: times ``factor``, weighing ``weight``."""
+    """What one model's gradients lie as on one rank: times ``factor``, weighing ``weight``."""
 
     stated: bool = False
     factor: float = 1.0
@@ -311,11 +337,45 @@ class Oracle:
             share = whole / len(sides)
             for one in lying:
                 one.factor, one.weight = share, share
+        self._share_buffers(model, sides)
+        self._call_hooks(model, sides)
+
+    def joined(self, events: list[Joined]) -> None:
+        """The uneven steps, each with those ranks that have it; then all are as one with most."""
+        model, steps = events[0].model, events[0].steps
+        self.unreduced[model].clear()
+        for step in range(max(steps)):
+            self.active = [rank for rank in range(len(self.sides)) if steps[rank] > step]
+            for rank in self.active:
+                self.sides[rank].models[model].zero_grad()
+            losses = [events[rank].passes(step) for rank in self.active]
+            while True:
+                found = [next(each, None) for each in losses]
+                if found[0] is None:
+                    break
+                self.before([Before((model,))] * len(self.active))
+                for loss in found:
+                    loss.backward()
+                self.after(After((model,)))
+            for rank in self.active:
+                self.sides[rank].step(model)
+        self.active = list(range(len(self.sides)))
+        root = self.sides[steps.index(max(steps))]
+        for side in self.sides:
+            side.models[model].zero_grad()
+            if side is not root:
+                side.models[model].load_state_dict(root.models[model].state_dict())
+                state = copy.deepcopy(root.optimizers[model].state_dict())
+                side.optimizers[model].load_state_dict(state)
+
+    def saved(self, event: Saved) -> None:
+        self._share_buffers(event.model, self.sides)
+
+    def _share_buffers(self, model: int, sides: list[Side]) -> None:
         root = sides[0].inner[model]
         for side in sides[1:]:
             for mine, first in zip(side.inner[model].buffers(), root.buffers(), strict=True):
                 mine.data.copy_(first)
-        self._call_hooks(model, sides)
 
     def _call_hooks(self, model: int, sides: list[Side]) -> None:
         for each in zip(*(side.parameters(model) for side in sides), strict=True):

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -31,18 +33,21 @@ from mpi4py import MPI
 from torch import nn
 
 import mpizero_torch as mz
+from support.program_draw import Draw, Setting
 from support.program_sides import (
     After,
     Before,
+    Joined,
     Net,
     Oracle,
     RefusalExpectedError,
+    Saved,
     Shape,
     Side,
     clone,
     compare,
 )
-from support.program_steps import Draw, Setting, Step, draw_steps
+from support.program_steps import Step, draw_steps
 
 _PATIENCE_SECONDS = 60.0
 
@@ -130,12 +135,13 @@ def _hooks(side: Side, setting: Setting) -> dict[nn.Parameter, Any]:
 class Run:
     """One program on this rank."""
 
-    def __init__(self, program: Program, world: mz.World, comm: MPI.Comm) -> None:
+    def __init__(self, program: Program, world: mz.World, comm: MPI.Comm, folder: str) -> None:
         self._program, self._comm = program, comm
         setting = program.setting
         nets = [Net(shape, 5 + at) for at, shape in enumerate(setting.shapes)]
         copies = [Side(rank, world.size, clone(nets), real=False) for rank in range(world.size)]
         self._side = side = Side(world.rank, world.size, list(nets), real=True)
+        side.store["folder"] = folder
         if setting.hooks == "before":
             self._install(side)
         side.models = [
@@ -181,6 +187,10 @@ class Run:
                     self._oracle.before(events)  # type: ignore[arg-type]
                 elif isinstance(events[0], After):
                     self._oracle.after(events[0])
+                elif isinstance(events[0], Joined):
+                    self._oracle.joined(events)  # type: ignore[arg-type]
+                elif isinstance(events[0], Saved):
+                    self._oracle.saved(events[0])
             except RefusalExpectedError:
                 refusal = True
             except RuntimeError as error:
@@ -248,7 +258,10 @@ def run_program(program: Program, comm: MPI.Comm) -> Outcome:
     with _progress(program.setting.progress):
         world = mz.init().split(0)
         assert world is not None
-        outcome = Run(program, world, comm).outcome()
+        folder = comm.bcast(tempfile.mkdtemp(prefix="programs-") if comm.rank == 0 else None)
+        outcome = Run(program, world, comm, folder).outcome()
+    if comm.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     if outcome.kind in ("clean", "void"):
         world.close()
     return outcome
@@ -273,8 +286,14 @@ def main() -> None:
             print(f"{outcome.kind.upper()} {outcome.text}", flush=True)
         if outcome.kind == "faulty" and chosen.stop:
             break
+        if world.rank == 0 and sum(counted.values()) % 50 == 0:
+            print(f"to seed {seed}: {_table(counted)}", flush=True)
     if world.rank == 0:
-        print(", ".join(f"{count} {kind}" for kind, count in sorted(counted.items())), flush=True)
+        print(_table(counted), flush=True)
+
+
+def _table(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counted.items()))
 
 
 if __name__ == "__main__":
