@@ -113,7 +113,7 @@ class BucketGradients:
         for index in members:
             parameter, view = self._parameters[index], self._views[index]
             gradient = parameter.grad
-            if not self._merge.is_plain:
+            if not self._merge.is_plain and self._is_averaged(index):
                 gradient = self._merged(index)
             if gradient is None:
                 has.append(False)
@@ -121,7 +121,7 @@ class BucketGradients:
                     self._lent[index] = view.clone()
                 continue
             shares = self._shares(gradient, index)
-            if not parameter.requires_grad and index not in self.unreduced:
+            if not self._is_averaged(index):
                 # Frozen, with the mean of an earlier pass: nobody's business in this one.
                 has.append(False)
                 if shares or self._is_held(index):
@@ -182,7 +182,7 @@ class BucketGradients:
         """Keep what there is apart from the gradients that are about to come."""
         self._merge = merge
         for index, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
+            if parameter.grad is not None and self._is_averaged(index):
                 self._aside[index] = parameter.grad
                 parameter.grad = None
 
@@ -197,11 +197,16 @@ class BucketGradients:
         """What has come stays on this rank, added to what was put aside."""
         if not self._merge.is_plain:
             for index in range(len(self._parameters)):
-                self._merged(index)
+                if self._is_averaged(index):
+                    self._merged(index)
             self._merge = Merge()
         self.unreduced.update(
             index for index, each in enumerate(self._parameters) if each.grad is not None
         )
+
+    def _is_averaged(self, index: int) -> bool:
+        """Or is the parameter frozen, with the mean of an earlier pass, if any?"""
+        return self._parameters[index].requires_grad or index in self.unreduced
 
     def _merged(self, index: int) -> torch.Tensor | None:
         """Let ``.grad`` be what was put aside and what has come, as the pass adds them."""
@@ -210,11 +215,13 @@ class BucketGradients:
         for each in (gradient, kept):
             if each is not None:
                 check_dense(each, self._names[index])
-        kept, gradient = times(kept, self._merge.keep), times(gradient, self._merge.new)
-        if kept is not None and gradient is not None:
-            gradient = kept + gradient
-        parameter.grad = found = kept if gradient is None else gradient
-        return found
+        terms = (times(kept, self._merge.keep), times(gradient, self._merge.new))
+        found = [each for each in terms if each is not None]
+        if found:
+            parameter.grad = found[0] if len(found) == 1 else found[0] + found[1]
+        elif gradient is not None or kept is not None:
+            parameter.grad = torch.zeros_like(parameter)  # it weighs nothing, but it is there
+        return parameter.grad
 
     def _view(self, flat: torch.Tensor, offset: int, index: int) -> torch.Tensor:
         """A parameter's place in a bucket, laid out as the parameter is; no view to torch."""

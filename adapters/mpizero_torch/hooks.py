@@ -225,12 +225,18 @@ class BackwardHooks(ABC):
             )  # fmt: skip
         self._pass = begun = LocalPass(dict(self._fed))
         begun.run = engine_runs.at_end(self._reducer.lane.order, self._end)
-        begun.merge = self._plan(begun)
-        if not begun.merge.is_plain:
+        # What was kept before can no longer be told from what has come.
+        try:
+            begun.merge = self._plan(begun)
+            doubtful = begun.merge.stated or not begun.merge.is_plain
+        except ArgumentError:
+            doubtful = True
+        if doubtful:
             raise MpizeroError(
-                "backward(): gradients of another weight are kept, and this pass came to a "
-                "parameter without passing an output of the wrapped module. Let it return tensors, "
-                "or containers or dataclasses of them, and compute the loss from these."
+                "backward(): this pass has a weight, or gradients of another weight are kept, and "
+                "it came to a parameter without passing an output of the wrapped module. Let it "
+                "return tensors, or containers or dataclasses of them, and compute the loss from "
+                "these."
             )
 
     def _end(self) -> None:

@@ -73,8 +73,9 @@ class ReplicaHooks(BackwardHooks):
 
     def _take_over(self, anywhere: list[bool]) -> None:
         self._gradients.take_over(anywhere)
-        for parameter, after in zip(self._parameters, self._after, strict=True):
-            if after.others and parameter.grad is not None:
+        fresh = self._reducer.fresh
+        for parameter, after, comes in zip(self._parameters, self._after, fresh, strict=True):
+            if comes and after.others and parameter.grad is not None:
                 after.call(parameter)
 
 

@@ -14,9 +14,9 @@ from mpizero.layout import FlatLayout
 
 Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
 
-# Behind its gradients a bucket carries one number for each of them: is there a gradient at all?
-# Summed with the rest, it tells every rank which parameters some rank has used, for free.
-_USED = "(used)"
+# Behind its gradients a bucket carries two numbers for each of them: is there a gradient at all,
+# and has one come since the last average? Summed with the rest, they tell every rank for free.
+_USED, _FRESH = "(used)", "(fresh)"
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,7 @@ class Bucket(Piece):
     flat: Any
     views: dict[int, Any]
     used: Any  # one element per member, 0 or more: has any rank a gradient for it?
+    fresh: Any  # the same: has one come on any rank, that was not averaged before?
 
     @property
     def gradients(self) -> Any:
@@ -63,8 +64,9 @@ def make_bucket(
     """Lay ``members`` out in newly allocated memory."""
     dtype = specs[members[0]].dtype
     shapes = [(str(index), specs[index].shape) for index in members]
-    layout = FlatLayout.of([*shapes, (_USED, (len(members),))], dtype)
+    each = (len(members),)
+    layout = FlatLayout.of([*shapes, (_USED, each), (_FRESH, each)], dtype)
     flat = allocate(layout.size, dtype)
     views = {index: layout.view(flat, str(index)) for index in members}
-    used = layout.view(flat, _USED)
-    return Bucket(members=members, layout=layout, flat=flat, views=views, used=used)
+    used, fresh = layout.view(flat, _USED), layout.view(flat, _FRESH)
+    return Bucket(members=members, layout=layout, flat=flat, views=views, used=used, fresh=fresh)

@@ -63,6 +63,9 @@ class GradientReducer(ReducedPasses):
         self._order_is_final = self._world.size == 1
         self.generation = 0  # grows when gradients get new places
         self._late: dict[int, ParameterSpec] = {}
+        self._accumulated: set[int] = set()  # what has come in passes that were not reduced
+        # In which parameters' means there is a gradient that has come since the last one.
+        self.fresh: list[bool] = [False] * len(specs)
         self._shadows = False
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
@@ -97,6 +100,12 @@ class GradientReducer(ReducedPasses):
                     if trained[index] and index not in self._bucket_of:
                         self._late.setdefault(index, self._specs[index])
         super().open(merge, changed=changed)
+
+    def ready(self, index: int) -> None:
+        if self._opening is None:
+            self._accumulated.add(index)
+        else:
+            super().ready(index)
 
     def shadow(self) -> list[bool] | None:
         self._shadows, trained = True, self._is_trained
@@ -143,6 +152,10 @@ class GradientReducer(ReducedPasses):
             raise RuntimeError("a bucket is reduced outside of a pass")
         has = self._has_gradient(bucket)
         put(has, bucket.used)
+        put(
+            [one and self._is_fresh(i) for i, one in zip(bucket.members, has, strict=True)],
+            bucket.fresh,
+        )
         if any(has):
             for index, one in zip(bucket.members, has, strict=True):
                 if not one:
@@ -176,13 +189,16 @@ class GradientReducer(ReducedPasses):
         has = dict(zip(here, found, strict=True))
         return [has.get(index, False) for index in bucket.members]
 
+    def _is_fresh(self, index: int) -> bool:
+        return self._came[index] > 0 or index in self._accumulated
+
     def _collect(self) -> list[bool]:
         opening = self._opening
         if opening is None:
             raise RuntimeError("no pass is open")
         if opening.check().late:
             self._find_places()
-        anywhere = [False] * len(self._specs)
+        anywhere, self.fresh = [False] * len(self._specs), [False] * len(self._specs)
         for number, bucket in enumerate(self._buckets):
             if bucket.handle is not None:
                 bucket.handle.wait()
@@ -190,6 +206,9 @@ class GradientReducer(ReducedPasses):
             if opening.trained(number):
                 for index, used in zip(bucket.members, bucket.used.tolist(), strict=True):
                     anywhere[index] |= used != 0
+                for index, fresh in zip(bucket.members, bucket.fresh.tolist(), strict=True):
+                    self.fresh[index] |= fresh != 0
+        self._accumulated.clear()
         return anywhere
 
     def _find_places(self) -> None:

@@ -1,0 +1,87 @@
+"""Sequences of passes and of what users do between them, each once found by a random program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import mpizero_torch as mz
+from support.program_sides import Net, Shape, taken
+from support.reference import seeded
+
+ranks = pytest.mark.parallel([1, 2, 3, 4])
+several_ranks = pytest.mark.parallel([2, 3, 4])
+
+
+def wrapped(**shape: bool) -> tuple[Net, Any]:
+    net = Net(Shape(**shape), 3)
+    return net, mz.DistributedDataParallel(net)
+
+
+def loss_of(model: Any, use: str, seed: int = 0, **options: Any) -> torch.Tensor:
+    x = seeded(seed * 8 + model.world.rank, 3, 4).requires_grad_()
+    return taken(model(x, use, **options)).square().mean()
+
+
+@several_ranks
+@pytest.mark.parametrize("how", ["frozen", "unused"])
+def test_hooks_are_called_for_parameters_that_got_a_gradient(how: str) -> None:
+    net, model = wrapped()
+    called: list[str] = []
+
+    def calling(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda _: called.append(name)
+
+    for name, parameter in net.named_parameters():
+        parameter.register_post_accumulate_grad_hook(calling(name))
+    loss_of(model, "abc").backward()
+    called.clear()  # and gradients stay where they are
+    if how == "frozen":
+        net.b.requires_grad_(False)
+    # One rank uses more than the others.
+    use = {"frozen": "abc", "unused": "ac"}[how] if model.world.rank == 0 else "a"
+    loss_of(model, use).backward()
+    assert sorted(called) == ["a.bias", "a.weight", "c.bias", "c.weight"]
+
+
+@several_ranks
+def test_hooks_are_called_for_gradients_that_were_kept_on_a_rank() -> None:
+    net, model = wrapped()
+    called: list[str] = []
+    net.c.bias.register_post_accumulate_grad_hook(lambda _: called.append("c"))
+    with model.no_sync():
+        loss_of(model, "c" if model.world.rank == 0 else "a").backward()
+    assert not called
+    loss_of(model, "a").backward()
+    assert called == ["c"]
+    loss_of(model, "a").backward()  # it has the average of before
+    assert called == ["c"]
+
+
+@several_ranks
+@pytest.mark.parametrize("before", [True, False])
+def test_a_gradient_of_weight_zero_is_zero(before: bool) -> None:
+    """Whatever lies there already: an optimizer treats zero and None differently."""
+    net, model = wrapped()
+    if before:
+        model.weigh(2.0)
+        loss_of(model, "a").backward()
+    model.weigh(0.0 if model.world.rank == 0 else 3.0)
+    loss_of(model, "c" if model.world.rank == 0 else "a").backward()
+    assert net.c.weight.grad is not None and not net.c.weight.grad.any()
+
+
+@several_ranks
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_weights_of_a_pass_whose_output_is_hidden(weight: float) -> None:
+    """What was kept before cannot be told from what has come: refused on all ranks, not halved."""
+    _, model = wrapped()
+    model.weigh(2.5)
+    loss_of(model, "abc").backward()
+    model.zero_grad()
+    model.weigh(weight if model.world.rank == 0 else 2.5)
+    with pytest.raises(mz.MpizeroError, match="Let it return tensors"):
+        loss_of(model, "abc", form="closure").backward()
