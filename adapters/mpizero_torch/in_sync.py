@@ -14,7 +14,7 @@ from torch import nn
 from mpizero import ArgumentError, MismatchError, MpizeroError, World
 from mpizero.diagnostics.views import name
 from mpizero.engine import SHARDED
-from mpizero_torch import slices
+from mpizero_torch import names, slices
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer
 from mpizero_torch.wrapper import DistributedModule
@@ -37,6 +37,7 @@ def assert_in_sync(
 
     ``model`` may be wrapped or not; ``world``: the ranks, by default the wrapped model's.
     """
+    model = names.uncompiled(model)
     if world is None:
         world = model.world if isinstance(model, DistributedModule) else init()
     found = {key: _own(value) for key, value in _replicated(model, optimizer)}
@@ -70,6 +71,7 @@ def detect_nonfinite(model: nn.Module) -> Iterator[None]:
     more. Not with a loss scale (``precision="fp16"``, GradScaler), under which gradients overflow
     now and then and the step is left out: ArgumentError.
     """
+    model = names.uncompiled(model)
     if isinstance(model, ShardedModule) and model.scaling is not None:
         raise ArgumentError(
             "detect_nonfinite()", "model", "one with precision='fp16'", "fp32 or bf16",
@@ -79,7 +81,7 @@ def detect_nonfinite(model: nn.Module) -> Iterator[None]:
     inner = model.module if isinstance(model, DistributedModule) else model
     handles = [
         parameter.register_hook(_Check(key, rank))
-        for key, parameter in inner.named_parameters()
+        for key, parameter in names.named_parameters(inner)
         if parameter.requires_grad
     ]
     try:
@@ -111,8 +113,8 @@ def _replicated(
     inner = model.module if isinstance(model, DistributedModule) else model
     is_cut = isinstance(model, ShardedModule) and model.state.memory.how == SHARDED
     if not is_cut:
-        yield from inner.named_parameters()
-    yield from inner.named_buffers()
+        yield from names.named_parameters(inner)
+    yield from names.named_buffers(inner)
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -125,10 +127,10 @@ def _replicated(
         yield f"the optimizer's group {at}", repr(sorted(settings.items()))
     if isinstance(optimizer, ShardedOptimizer):
         return
-    names = {id(parameter): key for key, parameter in inner.named_parameters()}
+    known = {id(parameter): key for key, parameter in names.named_parameters(inner)}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            key = names.get(id(parameter), "a parameter that is not the model's")
+            key = known.get(id(parameter), "a parameter that is not the model's")
             for what, value in sorted(optimizer.state.get(parameter, {}).items()):
                 yield f"the optimizer's {what} of {key}", value
 

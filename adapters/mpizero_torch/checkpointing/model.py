@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError
 from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, tree
-from mpizero_torch import slices, tensors
+from mpizero_torch import names, slices, tensors
 from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -20,8 +20,9 @@ PART = "model"
 
 
 def plain_module(model: nn.Module) -> nn.Module:
-    """The module that a wrapper of ours wraps, or the model itself."""
-    return model.module if isinstance(model, DistributedModule) else model
+    """The module that wrappers, ours and torch.compile's, wrap, or the model itself."""
+    model = names.uncompiled(model)
+    return names.uncompiled(model.module) if isinstance(model, DistributedModule) else model
 
 
 def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Part, dict[str, Any]]:
@@ -139,7 +140,7 @@ def load_model(
         if name in entries
     }
     if extra:
-        plain_module(model).load_state_dict(extra, strict=False)
+        names.load_state_dict(plain_module(model), extra, strict=False)
     if isinstance(model, ShardedModule) and model.scaling is not None and "loss_scale" in found:
         model.scaling.load_state_dict(found["loss_scale"])
 
@@ -152,13 +153,13 @@ def as_array(value: Any) -> Any:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
-def names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
     """The names of all that a checkpoint has of a model."""
     return [name for name, _ in _entries(model)]
 
 
 def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    found: Mapping[str, Any] = plain_module(model).state_dict(keep_vars=True)
+    found: Mapping[str, Any] = names.state_dict(plain_module(model), keep_vars=True)
     return found.items()
 
 

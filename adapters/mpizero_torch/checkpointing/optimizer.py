@@ -13,6 +13,7 @@ from mpizero.checkpoint import Box, Part, Piece, Readable, TensorSpec, tree
 from mpizero_torch import slices, tensors
 from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.checkpointing.model import as_array, plain_module
+from mpizero_torch.names import named_parameters
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
 
@@ -168,7 +169,7 @@ def group_names(
             [str(number) for number in range(start, start + count)]
             for start, count in zip(starts, counts, strict=True)
         ]
-    known = {id(parameter): name for name, parameter in plain_module(model).named_parameters()}
+    known = {id(parameter): name for name, parameter in named_parameters(plain_module(model))}
     found = []
     for group in optimizer.param_groups:
         if any(id(parameter) not in known for parameter in group["params"]):

@@ -28,6 +28,7 @@ from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.checkpointing.axes import Axes, merged
+from mpizero_torch.names import uncompiled
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -102,6 +103,7 @@ def collect(
     arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
     if model is not None:
+        model = uncompiled(model)
         part, values[models.PART] = models.model_part(model, axes, arrays)
         arrays = merged(axes.gather_stages(arrays))
         parts.append(part)
@@ -163,6 +165,7 @@ def restore(
     random: bool = True,
 ) -> dict[str, Any]:
     """What ``load`` does, from a checkpoint that is open."""
+    model = None if model is None else uncompiled(model)
     found, axes = checkpoint.values, Axes.of(world)
     world = axes.everyone
 
@@ -196,6 +199,8 @@ def restore(
 
 
 def _world_of(model: nn.Module | None, world: World | None) -> World:
+    if model is not None:
+        model = uncompiled(model)
     if isinstance(model, DistributedModule):
         mesh = model.world.mesh
         if world is None or (mesh is not None and world is mesh.world):
@@ -207,7 +212,7 @@ def _on_all_stages(
     axes: Axes, model: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> tuple[list[str], list[list[str]]]:
     """The names of the model, and of the optimizer's groups, that the stages have together."""
-    names = [] if model is None else models.names(model)
+    names = [] if model is None else models.names_of(model)
     groups = [] if optimizer is None else optimizers.group_names(optimizer, model)
     everyones = axes.gather_stages((names, [list(each) for each in groups]))
     together: list[list[str]] = [[] for _ in groups]

@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, take_lane
-from mpizero_torch import slices
+from mpizero_torch import names, slices
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -84,7 +84,7 @@ def zero(
     world = world if world is not None else init()
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
-    if isinstance(model, DistributedModule):
+    if isinstance(names.uncompiled(model), DistributedModule):
         raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
     if precision not in _PRECISIONS:
         raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
@@ -95,12 +95,12 @@ def zero(
         return DistributedDataParallel(
             model, world=world, broadcast_buffers=broadcast_buffers
         ), optimizer
-    named = list(model.named_parameters())
+    named = list(names.named_parameters(model))
     groups = _group_numbers(optimizer, named)
     slices.check("zero()", named, world)
     are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
     partition = choose_partition(optimizer, partition, are_cut)
-    _agree(world, named, list(model.named_buffers()), groups, partition, stage)
+    _agree(world, named, list(names.named_buffers(model)), groups, partition, stage)
     lane = take_lane(world)
     group = ShardGroup(lane.world, shard_group)
     sharding = Sharding(
