@@ -17,6 +17,7 @@ from mpizero_torch import batch_weight, names, slices
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
+from mpizero_torch.torch_surface import lacking
 
 
 class DistributedModule(nn.Module):
@@ -26,20 +27,27 @@ class DistributedModule(nn.Module):
     buffers of ``module`` as its own, and gives its parts no prefix.
     """
 
+    _unless_inner: Mapping[str, Any] = {}
+
     def __init__(self, module: nn.Module, world: World) -> None:
         super().__init__()
         self.world = world
         self.module = module
-        for held in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            vars(self)[held] = getattr(names.uncompiled(module), held)
+        self._hold_as_own()
         self._synchronise = True
         self._stated: Weight | None = None
         self._hooks: BackwardHooks | None = None
         self._named: list[tuple[str, nn.Parameter]] = []
         self._buffers_in_sync: Buffers | None = None
+        self._throws = False
         self.tied = TiedStages(list(names.named_parameters(module)), world)
         self._prefix = ""  # within a bigger module that is being loaded
         self.register_load_state_dict_post_hook(_name_as_asked)  # type: ignore[no-untyped-call]
+
+    def _hold_as_own(self) -> None:
+        """Let what the inner module holds itself be found here, by names without a prefix."""
+        for held in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[held] = getattr(names.uncompiled(self.module), held)
 
     @abstractmethod
     def _watch_parameters(self) -> None:
@@ -115,6 +123,7 @@ class DistributedModule(nn.Module):
             return
         while self._hooks.shadow():
             self._forget_gradients()
+            self._after_pass(self._hooks.active)
         steps = self.world.gather_objects(self._steps - steps_before)
         root = steps.index(max(steps))
         every = [tensor for _, tensor in self._named] + list(self.module.buffers())
@@ -191,9 +200,17 @@ class DistributedModule(nn.Module):
         except AttributeError:
             if name == "module":
                 raise
-            return getattr(self.module, name)
+        inner = self.module
+        try:
+            return getattr(inner, name)
+        except AttributeError:
+            if hasattr(type(inner), name):
+                raise  # a property of its own has
+        if name in self._unless_inner:
+            return self._unless_inner[name]
+        raise lacking(self, inner, name)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError(_COPY.format("deepcopied"))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -226,6 +243,15 @@ class DistributedModule(nn.Module):
                 f"backward(): '{self.tied.names[0]}' is also on another stage of the pipeline, "
                 "which finds the rest of its gradient. Run the passes of a step inside "
                 "`with model.accumulate():`, at whose end gradients are summed and averaged."
+            )
+
+    def _after_pass(self, active: float) -> None:
+        """A pass was averaged, in which so many ranks had a part of their own."""
+        if self._throws and active != self.world.size:
+            raise MpizeroError(
+                f"join(throw_on_early_termination=True): {self.world.size - active:.0f} of "
+                f"{self.world.size} ranks have come to the end of their data, and the others have "
+                "not."
             )
 
     def _forget_gradients(self) -> None:

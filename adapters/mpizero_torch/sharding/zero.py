@@ -20,6 +20,7 @@ from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
 from mpizero_torch.sharding.state import Sharding
+from mpizero_torch.torch_surface import check_module
 from mpizero_torch.wrapper import DistributedModule
 
 SEGMENT_MB = SEGMENT_BYTES / 2**20
@@ -93,9 +94,10 @@ def zero(
     if stage == 0:
         _refuse_for_replicas(precision, offload, shard_group)
         return DistributedDataParallel(
-            model, world=world, broadcast_buffers=broadcast_buffers
+            model, world=world, forward_sync_buffers=None if broadcast_buffers else False
         ), optimizer
     named = list(names.named_parameters(model))
+    check_module([*named, *names.named_buffers(model)], "zero()")
     groups = _group_numbers(optimizer, named)
     slices.check("zero()", named, world)
     are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
