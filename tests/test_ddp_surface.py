@@ -67,8 +67,8 @@ def test_the_table_has_all_that_torch_has() -> None:
     known = {*torch_surface.MEMBERS, *torch_surface.REFUSED}
     of_class = {name for name in dir(Stock) if not name.startswith("_")} - set(dir(nn.Module))
     of_self = set(re.findall(r"self\.([a-z]\w*)(?:: [^=\n]+)? = ", inspect.getsource(Stock)))
-    # device_mesh is there only where one was given.
-    assert sorted((of_class | of_self) - known - {"device_mesh"}) == []
+    # These are there only where they were given.
+    assert sorted((of_class | of_self) - known - {"device_mesh", "buffer_hook"}) == []
 
 
 @pytest.mark.once
@@ -89,7 +89,7 @@ def test_each_member_is_there_or_refused_with_the_remedy() -> None:
             getattr(model, name)
     with pytest.raises(AttributeError, match="private to torch"):
         model._sync_final_model  # noqa: B018
-    with pytest.raises(AttributeError, match="neither DistributedDataParallel nor .* a Linear"):
+    with pytest.raises(AttributeError, match=r"neither DistributedDataParallel nor .* a Linear"):
         model.nothing  # noqa: B018
     assert model.dim == 0 and model.device == torch.device("cpu") and model.device_ids is None
 
@@ -158,7 +158,7 @@ def test_when_buffers_are_sent(
     model(batch(0)).sum().backward()
     # Sent after the backward pass, or only before the next forward.
     after = rank + 1 if "forward_sync_buffers" in options else before_second_forward[rank]
-    assert net.count == after + (0 if starts_alike or rank == 0 else 0)
+    assert net.count == after
     model(batch(0))
     assert net.seen[1] == before_second_forward[rank]
 
@@ -252,7 +252,7 @@ def test_join_may_be_off_and_may_end_with_the_first() -> None:
             model(batch(0)).sum().backward()
     steps = 0
     with (
-        pytest.raises(mz.MpizeroError, match="1 of . ranks have come to the end"),
+        pytest.raises(mz.MpizeroError, match=r"1 of . ranks have come to the end"),
         model.join(throw_on_early_termination=True),
     ):
         for _ in range(2 + 3 * (world.rank > 0)):
@@ -367,7 +367,9 @@ def test_names_are_the_plain_modules_everywhere(kind: str, make: Any) -> None:
         for name, parameter in model.named_parameters():
             assert model.get_parameter(name) is parameter
         changed = {n: v + 1 if v.is_floating_point() else v for n, v in ours.state_dict().items()}
+        mz.init().barrier()  # ranks of a node may share the memory
         ours.load_state_dict(changed)
+        mz.init().barrier()
         for name, value in ours.state_dict().items():
             assert torch.equal(value, changed[name]), name
     assert next(model.children()) is model.module and model in list(bigger.modules())
@@ -384,7 +386,7 @@ def test_what_torchs_wrapper_saved_is_loaded(make: Any) -> None:
             tensor.zero_()
         target.load_state_dict({prefix + name: value for name, value in wanted.items()})
         assert all(torch.equal(v, wanted[n]) for n, v in model.state_dict().items())
-    wanted.popitem()
+    del wanted[next(iter(wanted))]
     found = bigger.load_state_dict(
         {**{f"net.{n}": v for n, v in wanted.items()}, "net.more": torch.ones(1)}, strict=False
     )
@@ -429,6 +431,7 @@ def test_functional_calls_and_torchs_checkpoints_go_by_these_names() -> None:
 
 
 @two
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's, of a part's input
 @pytest.mark.parametrize("compiled", ["the model", "a part", "the wrapper"])
 def test_compiled_models_have_plain_names_on_disk(tmp_path: Path, compiled: str) -> None:
     def make(compile_it: bool) -> tuple[Any, Any]:
@@ -438,21 +441,22 @@ def test_compiled_models_have_plain_names_on_disk(tmp_path: Path, compiled: str)
             net[1] = torch.compile(net[1], backend="eager")
         if compile_it and compiled == "the model":
             net = torch.compile(net, backend="eager")
-        model, made = mz.zero(net, optimizer, stage=1)
-        if compile_it and compiled == "the wrapper":
-            return torch.compile(model, backend="eager"), made
-        return model, made
+        return mz.zero(net, optimizer, stage=1)
+
+    def finish(model: Any, compile_it: bool) -> Any:
+        last = compile_it and compiled == "the wrapper"
+        return torch.compile(model, backend="eager") if last else model
 
     folder = mz.init().broadcast_object(str(tmp_path))
     for first in (True, False):  # saved compiled, loaded plain; and the other way round
         model, optimizer = make(first)
-        if compiled != "the wrapper":
-            assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-            assert [n for n, _ in model.named_parameters()] == list(model.state_dict())
+        assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        assert [n for n, _ in model.named_parameters()] == list(model.state_dict())
         model(batch(mz.init().rank)).sum().backward()
         optimizer.step()
-        mz.save(f"{folder}/{first}", model=model, optimizer=optimizer)
+        mz.save(f"{folder}/{first}", model=finish(model, first), optimizer=optimizer)
         other, its = make(not first)
+        other = finish(other, not first)
         mz.load(f"{folder}/{first}", model=other, optimizer=its)
         mz.assert_in_sync(other)
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
