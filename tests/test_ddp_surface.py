@@ -278,6 +278,45 @@ def test_parameters_to_ignore_are_left_to_each_rank() -> None:
     assert model.world.size == 1 or not same_everywhere(net[1].weight.grad)
 
 
+@ranks
+def test_what_is_a_ranks_own_is_saved_for_each_rank(tmp_path: Path) -> None:
+    world = mz.init()
+    folder = Path(world.broadcast_object(str(tmp_path)))
+
+    def make(seed: int) -> tuple[Any, Any]:
+        # The first two are experts, one of them of another size on each rank; the last is shared.
+        own = nn.Sequential(linear(seed), nn.Linear(3, 2 + world.rank), linear())
+        own._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            f"{at}.{kind}" for at in (0, 1) for kind in ("weight", "bias")
+        ]
+        return mz.DistributedDataParallel(own), torch.optim.AdamW(own.parameters())
+
+    model, optimizer = make(world.rank)
+    net = model.module
+    (net[0](batch(world.rank)) + net[2](batch(5))).sum().backward()
+    net[1](batch(world.rank)).sum().backward()
+    optimizer.step()
+    mz.assert_in_sync(model, optimizer)
+    mz.save(folder / "one", model=model, optimizer=optimizer)
+    again, its = make(100)
+    mz.load(folder / "one", model=again, optimizer=its)
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        for key, value in optimizer.state[mine].items():
+            assert torch.equal(value, its.state[theirs][key])
+    if world.size > 1:
+        assert not same_everywhere(again.module[0].weight)
+        alone = mz.DistributedDataParallel(net, world=world.split(world.rank))
+        with pytest.raises(mz.ArgumentError, match=r"1 ranks.* each of which has saved its own"):
+            mz.load(folder / "one", model=alone, world=alone.world)
+        with torch.no_grad():
+            net[2].weight.zero_()
+        mz.load(folder / "one", model=alone, world=alone.world, strict=False)
+        assert torch.equal(net[2].weight, again.module[2].weight)
+        with pytest.raises(mz.ArgumentError, match="left to each rank"), model.join(optimizer):
+            pass
+
+
 @two
 def test_modules_that_are_not_ready_are_refused_by_name() -> None:
     with pytest.raises(mz.ArgumentError, match=r"'1\.weight' is not initialised.*dummy batch"):

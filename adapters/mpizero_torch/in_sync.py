@@ -17,6 +17,7 @@ from mpizero.engine import SHARDED
 from mpizero_torch import names, slices
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer
+from mpizero_torch.torch_members import TorchMembers
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -112,9 +113,10 @@ def _replicated(
     """What every rank should have the same of, by name."""
     inner = model.module if isinstance(model, DistributedModule) else model
     is_cut = isinstance(model, ShardedModule) and model.state.memory.how == SHARDED
+    apart = model.parameters_to_ignore if isinstance(model, TorchMembers) else set()
     if not is_cut:
-        yield from names.named_parameters(inner)
-    yield from names.named_buffers(inner)
+        yield from (each for each in names.named_parameters(inner) if each[0] not in apart)
+    yield from (each for each in names.named_buffers(inner) if each[0] not in apart)
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -131,6 +133,8 @@ def _replicated(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = known.get(id(parameter), "a parameter that is not the model's")
+            if key in apart:
+                continue
             for what, value in sorted(optimizer.state.get(parameter, {}).items()):
                 yield f"the optimizer's {what} of {key}", value
 

@@ -27,7 +27,6 @@ class TorchMembers(DistributedModule):
     # Names that modules have too, for other things: the inner module's, if it has one.
     _unless_inner: Mapping[str, Any] = {"dim": 0}
 
-    _ignored: frozenset[str] = frozenset()
     _buffers_before_forward: Buffers | None = None
     _forward_param_sync = True
     _is_copy = False
@@ -164,6 +163,14 @@ class TorchMembers(DistributedModule):
             raise ArgumentError(
                 "join()", "optimizer", repr(optimizer), "an optimizer",
                 "Give torch's arguments by name: join(divide_by_initial_world_size=...).",
+            )  # fmt: skip
+        kept_apart = {id(p) for name, p in self.named_parameters() if name in self._ignored}
+        groups = [] if optimizer is None else optimizer.param_groups
+        if any(id(parameter) in kept_apart for group in groups for parameter in group["params"]):
+            raise ArgumentError(
+                "join()", "optimizer", "one of parameters that are left to each rank",
+                "none, or one without these",
+                "All ranks get the state of one, at the end, and would lose their own.",
             )  # fmt: skip
         if self._buffers_before_forward is not None:
             raise ArgumentError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ class DistributedModule(nn.Module):
     """
 
     _unless_inner: Mapping[str, Any] = {}
+    _ignored: Collection[str] = ()  # parameters and buffers that are left to each rank
 
     def __init__(self, module: nn.Module, world: World) -> None:
         super().__init__()
@@ -126,7 +127,8 @@ class DistributedModule(nn.Module):
             self._after_pass(self._hooks.active)
         steps = self.world.gather_objects(self._steps - steps_before)
         root = steps.index(max(steps))
-        every = [tensor for _, tensor in self._named] + list(self.module.buffers())
+        buffers = [b for name, b in self.named_buffers() if name not in self._ignored]
+        every = [tensor for _, tensor in self._named] + buffers
         broadcast_tensors(every, self.world, root)
         if optimizer is not None:
             broadcast_optimizer(optimizer, self.world, root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,12 @@ def plain_module(model: nn.Module) -> nn.Module:
     return names.uncompiled(model.module) if isinstance(model, DistributedModule) else model
 
 
-def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Part, dict[str, Any]]:
+def model_part(
+    model: nn.Module, axes: Axes, arrays: dict[str, Any], own: Collection[str] = ()
+) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of a model, and what of it is no tensor. Collective.
+
+    Without what is each rank's ``own``, which is in a part of its own.
 
     Arrays within modules' extra state go to ``arrays``: the model's files have tensors only that
     the plain module has.
@@ -45,6 +49,8 @@ def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Pa
     seen: dict[int, str] = {}
     name_of: dict[int, str] = {}  # of sharded parameters
     for name, value in _entries(model):
+        if name in own:
+            continue
         if not isinstance(value, torch.Tensor):
             others[name] = value
         elif id(value) in seen:
@@ -92,11 +98,12 @@ def load_model(
     array: Callable[[str], Any],
     strict: bool,
     elsewhere: Iterable[str] = (),
+    own: Any = None,
 ) -> None:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
 
     ``array`` reads those within modules' extra state; ``elsewhere`` are names that the other
-    stages of a pipeline have.
+    stages of a pipeline have; ``own``: what this rank had of its own (see ``own.py``).
 
     When all ranks have, a sharded model's parameters are to be ``settle``d.
 
@@ -107,7 +114,8 @@ def load_model(
     found = checkpoint.values.get(PART, {})
     others = found.get("others", {})
     entries = dict(_entries(model))
-    known = {*specs, *aliases, *others}
+    mine: Mapping[str, Any] = {} if own is None else own.model
+    known = {*specs, *aliases, *others, *mine}
     missing = sorted(name for name in entries if name not in known)
     anywhere = {*entries, *elsewhere, "format"}
     unknown = sorted(name for name in known if name not in anywhere)
@@ -122,6 +130,9 @@ def load_model(
     number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
     done: set[int] = set()
     with torch.no_grad():
+        for name in mine.keys() & entries.keys():
+            _check_shape(name, tuple(entries[name].shape), tuple(mine[name].shape))
+            entries[name].copy_(mine[name])
         for name, value in entries.items():
             stored = name if name in specs else aliases.get(name, "")
             if not isinstance(value, torch.Tensor) or stored not in specs or id(value) in done:

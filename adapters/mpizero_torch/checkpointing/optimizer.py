@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,15 @@ PART = "optimizer"
 
 
 def optimizer_part(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, axes: Axes
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None,
+    axes: Axes,
+    own: Collection[str] = (),
 ) -> tuple[Part, dict[str, Any]]:
-    """What this rank writes of an optimizer's state, and what of it is no tensor. Collective."""
+    """What this rank writes of an optimizer's state, and what of it is no tensor. Collective.
+
+    Without the state of what is each rank's ``own``, which is in a part of its own.
+    """
     names = group_names(optimizer, model)
     specs: list[TensorSpec] = []
     pieces: list[Piece] = []
@@ -35,6 +41,8 @@ def optimizer_part(
         of_parameter = [name for group in names for name in group]
         for number, state in optimizer.state_dict()["state"].items():
             name = of_parameter[number]
+            if name in own:
+                continue
             others[name] = {}
             for key, value in state.items():
                 cut = slices.is_slice(value)
@@ -64,18 +72,21 @@ def load_optimizer(
     model: nn.Module | None,
     checkpoint: Readable,
     elsewhere: Sequence[Sequence[str]] = (),
+    of_rank: Any = None,
 ) -> None:
     """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
 
-    ``elsewhere``: the parameters that its groups have on other stages of a pipeline. Raises
-    ArgumentError if its groups have other parameters.
+    ``elsewhere``: the parameters that its groups have on other stages of a pipeline; ``of_rank``:
+    what this rank had of its own (see ``own.py``). Raises ArgumentError if its groups have other
+    parameters.
     """
     saved = checkpoint.values[PART]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
     everywhere = [
         {*each, *(elsewhere[at] if at < len(elsewhere) else ())} for at, each in enumerate(own)
     ]
-    if everywhere != [set(each) for each in theirs]:
+    apart = frozenset() if of_rank is None else of_rank.anywhere
+    if [each - apart for each in everywhere] != [set(each) - apart for each in theirs]:
         raise ArgumentError(
             "load()", "optimizer", f"one with groups {_short(own)}",
             f"groups of the parameters that were saved: {_short(theirs)}",
@@ -88,6 +99,9 @@ def load_optimizer(
     parameters = _parameters(optimizer, model, own)
     specs = checkpoint.specs(PART)
     state: dict[int, dict[str, Any]] = {}
+    for name, mine in {} if of_rank is None else of_rank.optimizer.items():
+        if name in number:
+            state[number[name]] = dict(mine)
     for name, others in saved["others"].items():
         if name not in number:
             continue  # another stage's

@@ -26,6 +26,7 @@ from mpizero.checkpoint import (
 from mpizero_torch import tensors
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
+from mpizero_torch.checkpointing import own as owns
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.checkpointing.axes import Axes, merged
 from mpizero_torch.names import uncompiled
@@ -58,6 +59,9 @@ def save(
     ``state_dict()``; ``extra`` is further values of one's own, the same on all ranks: numbers,
     strings, tensors, lists and dicts of these. Each rank's random number generators are saved too.
     Nothing is pickled.
+
+    Parameters that were left out of ``DistributedDataParallel`` (experts of a rank's own) are saved
+    for each rank, if they differ; they are loaded by as many ranks.
 
     Save between two steps: gradients are not saved, nor is what half a step has accumulated.
 
@@ -102,13 +106,20 @@ def collect(
     parts: list[Part] = []
     arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
+    own = owns.Own()
     if model is not None:
         model = uncompiled(model)
-        part, values[models.PART] = models.model_part(model, axes, arrays)
+        own = owns.of(model, optimizer, axes.everyone)
+        if own.anywhere:
+            part, values[owns.PART] = owns.part_of(own, axes.everyone)
+            parts.append(part)
+        part, values[models.PART] = models.model_part(model, axes, arrays, own.anywhere)
         arrays = merged(axes.gather_stages(arrays))
         parts.append(part)
     if optimizer is not None:
-        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, axes)
+        part, values[optimizers.PART] = optimizers.optimizer_part(
+            optimizer, model, axes, own.anywhere
+        )
         parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
@@ -183,10 +194,11 @@ def restore(
             raise _not_saved(name, checkpoint)
     names, groups = _on_all_stages(axes, model, optimizer)
     with agreed(world):
+        own = owns.saved(checkpoint, model, world, strict)
         if model is not None:
-            models.load_model(model, checkpoint, array, strict, names)
+            models.load_model(model, checkpoint, array, strict, names, own)
         if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint, groups)
+            optimizers.load_optimizer(optimizer, model, checkpoint, groups, own)
         for name, each in given.items():
             if each is not None:
                 each.load_state_dict(others[name])
