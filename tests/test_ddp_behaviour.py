@@ -293,8 +293,10 @@ def test_state_dict_has_plain_names_also_inside_another_module() -> None:
 @ranks
 def test_copies_are_refused_with_the_remedy() -> None:
     model = mz.DistributedDataParallel(Net())
+    net = Net()
+    sharded, _ = mz.zero(net, torch.optim.SGD(net.parameters(), 0.1), stage=1)
     with pytest.raises(TypeError, match=r"model\.module"):
-        copy.deepcopy(model)
+        copy.deepcopy(sharded)
     with pytest.raises(TypeError, match=r"model\.module"):
         pickle.dumps(model)
     assert copy.deepcopy(model.module) is not model.module

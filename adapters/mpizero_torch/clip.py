@@ -12,6 +12,7 @@ from torch import nn
 
 from mpizero import World
 from mpizero_torch import slices
+from mpizero_torch.names import uncompiled
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
@@ -25,6 +26,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     whole model's gradients: slices of a parameter are put together, what several ranks hold counts
     once.
     """
+    model = uncompiled(model)
     if not isinstance(model, DistributedModule) or not _is_cut(model):
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
     cuts = _cuts(model)
@@ -40,6 +42,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
 def clip_grad_value_(model: nn.Module, clip_value: float) -> None:
     """Limit each element of the gradients of ``model`` to [-clip_value, clip_value]."""
+    model = uncompiled(model)
     if not isinstance(model, DistributedModule):
         torch.nn.utils.clip_grad_value_(model.parameters(), clip_value)
         return

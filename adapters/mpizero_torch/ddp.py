@@ -10,15 +10,15 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec, take_lane
-from mpizero_torch import slices, tensors
+from mpizero_torch import names, slices, tensors, torch_surface
 from mpizero_torch.bucket_gradients import BucketGradients, layout
 from mpizero_torch.replica_hooks import ReplicaHooks, parameter_spec
 from mpizero_torch.replicate import Buffers, Structure, start_alike
-from mpizero_torch.runtime import init
-from mpizero_torch.wrapper import DistributedModule
+from mpizero_torch.torch_members import TorchMembers
+from mpizero_torch.torch_surface import NAME
 
 
-class DistributedDataParallel(DistributedModule):
+class DistributedDataParallel(TorchMembers):
     """Train ``module`` on all ranks of ``world``, each with its own part of the data.
 
     A drop-in for ``torch.nn.parallel.DistributedDataParallel``. Parameters and buffers start as
@@ -31,15 +31,22 @@ class DistributedDataParallel(DistributedModule):
     all, do not use need no flag (on all: ``.grad`` stays None). ``state_dict`` has the inner
     module's names. Attributes that this class lacks are the inner module's.
 
+    torch's arguments come in torch's order; docs/from-torch-ddp.md says what becomes of each. Those
+    that ask for what is not done here are refused, and name what to use instead.
+
     Parameters
     ----------
     module : the module; its parameters on one device, this rank's.
-    world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
-    broadcast_buffers : keep buffers as rank 0's.
+    device_ids : move inputs to this GPU, the module's.
+    broadcast_buffers : keep buffers as rank 0's; False: neither at the start.
+    init_sync : compare the module over the ranks, and let all start as rank 0.
+    process_group, device_mesh : the ranks, as torch has them: of the backend "mpizero".
     bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
+    gradient_as_bucket_view : False lets ``.grad`` have memory of its own.
+    forward_sync_buffers : True: buffers become rank 0's before each forward, as in torch, and so
+        forward is collective; False: only at the start.
+    world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
     overlap : average while backward runs (where there are cores or a GPU for it) or at its end.
-    device_ids, output_device, find_unused_parameters, gradient_as_bucket_view, static_graph :
-        taken so that existing calls work; what they ask for is always so.
 
     Collective. Raises MismatchError if the module differs between ranks, ArgumentError for one
     without trainable parameters or on several devices.
@@ -50,43 +57,59 @@ class DistributedDataParallel(DistributedModule):
         module: nn.Module,
         device_ids: Any = None,
         output_device: Any = None,
-        *,
-        world: World | None = None,
-        broadcast_buffers: bool = True,
+        dim: int = 0,
+        broadcast_buffers: bool | None = None,
+        init_sync: bool = True,
+        process_group: Any = None,
         bucket_cap_mb: float | None = None,
-        overlap: bool = True,
-        find_unused_parameters: bool = True,
+        find_unused_parameters: bool = False,
+        check_reduction: bool = False,
         gradient_as_bucket_view: bool | None = None,
         static_graph: bool = False,
+        delay_all_reduce_named_params: Any = None,
+        param_to_hook_all_reduce: Any = None,
+        mixed_precision: Any = None,
+        device_mesh: Any = None,
+        skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: Any = None,
+        batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None,
+        *,
+        world: World | None = None,
+        overlap: bool = True,
     ) -> None:
-        if bucket_cap_mb is not None and not bucket_cap_mb > 0:
-            raise ArgumentError(_NAME, "bucket_cap_mb", str(bucket_cap_mb), "a number > 0")
-        super().__init__(module, world if world is not None else init())
+        torch_surface.check_arguments(locals())
+        ignored = frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        named = [each for each in names.named_parameters(module) if each[0] not in ignored]
+        buffers = [each for each in names.named_buffers(module) if each[0] not in ignored]
+        torch_surface.check_module([*named, *buffers])
+        _check_trained(module, named)
+        super().__init__(module, torch_surface.world_of(world, process_group, device_mesh))
+        if process_group is not None:
+            self.process_group = process_group
+        self._ignored, self._named = ignored, named
         self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else None
         self._overlap = overlap
         self._own_gradients = gradient_as_bucket_view is False
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            raise ArgumentError(
-                _NAME,
-                "module",
-                f"a {type(module).__name__} without trainable parameters",
-                "a module with some parameter that requires_grad",
-                "It needs no wrapping.",
+        self.device = named[0][1].device
+        self.device_ids, self.output_device = torch_surface.check_device_ids(
+            device_ids, output_device, self.device
+        )
+        self.find_unused_parameters, self.static_graph = find_unused_parameters, static_graph
+        self.gradient_as_bucket_view = gradient_as_bucket_view is not False
+        self.skip_all_reduce_unused_params = skip_all_reduce_unused_params
+        self.batched_grad_copy, self.mixed_precision = batched_grad_copy, None
+        slices.check(NAME, [*named, *buffers], self.world)
+        if init_sync:
+            self._start_alike(
+                buffers, forward_sync_buffers is not None or broadcast_buffers is not False
             )
-        self._ignored = ignored = frozenset(
-            getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-        )
-        self._named = [(n, p) for n, p in module.named_parameters() if n not in ignored]
-        named_buffers = [(n, b) for n, b in module.named_buffers() if n not in ignored]
-        slices.check(_NAME, [*self._named, *named_buffers], self.world)
-        self.world.agree(
-            [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in [*self._named, *named_buffers]],
-            "parameters and buffers",
-        )
-        start_alike([t for _, t in [*self._named, *named_buffers]], self.world)
         self._structure = Structure(module)
-        if broadcast_buffers:
-            self._buffers_in_sync = Buffers(self._structure, ignored)
+        kept = Buffers(self._structure, ignored)
+        before_forward = forward_sync_buffers is True
+        after_backward = forward_sync_buffers is None and broadcast_buffers is not False
+        self._buffers_before_forward = kept if before_forward else None
+        self._buffers_in_sync = kept if after_backward else None
         self._watch_parameters()
 
     @property
@@ -95,8 +118,17 @@ class DistributedDataParallel(DistributedModule):
         hooks = self._hooks
         return hooks.bucket_bytes if isinstance(hooks, ReplicaHooks) else 0
 
+    def _start_alike(self, buffers: list[tuple[str, torch.Tensor]], with_buffers: bool) -> None:
+        """Compare the module over the ranks, and give all rank 0's."""
+        forms = [f"{n}: {t.dtype}, shape {tuple(t.shape)}" for n, t in [*self._named, *buffers]]
+        self.world.agree(forms, "parameters and buffers")
+        start = [*self._named, *buffers] if with_buffers else self._named
+        start_alike([tensor for _, tensor in start], self.world)
+
     def _watch_parameters(self) -> None:
         """Hook the parameters, once; refuse those that have come since."""
+        if self._is_copy:
+            return
         if self._hooks is None:
             if self.world.size == 1 and self._stated is None and not self.tied.names:
                 return
@@ -119,7 +151,7 @@ class DistributedDataParallel(DistributedModule):
         devices = {parameter.device for _, parameter in named if parameter.requires_grad}
         if len(devices) > 1:
             raise ArgumentError(
-                _NAME,
+                NAME,
                 "module",
                 f"spread over {sorted(map(str, devices))}",
                 "a module on one device",
@@ -147,7 +179,7 @@ class DistributedDataParallel(DistributedModule):
 
     def _refuse_new_parameters(self) -> None:
         known = {id(parameter) for _, parameter in self._named}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in names.named_parameters(self.module):
             if parameter.requires_grad and id(parameter) not in known and name not in self._ignored:
                 raise ArgumentError(
                     "forward()", "module",
@@ -158,11 +190,19 @@ class DistributedDataParallel(DistributedModule):
                 )  # fmt: skip
 
 
+def _check_trained(module: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise ArgumentError(
+            NAME,
+            "module",
+            f"a {type(module).__name__} without trainable parameters",
+            "a module with some parameter that requires_grad",
+            "It needs no wrapping: evaluate it as it is.",
+        )
+
+
 def _may_be_trained(parameter: nn.Parameter) -> bool:
     if parameter.requires_grad:
         return True
     is_number = parameter.is_floating_point() or parameter.is_complex()
     return is_number and tensors.has_numpy_dtype(parameter.dtype)
-
-
-_NAME = "DistributedDataParallel()"

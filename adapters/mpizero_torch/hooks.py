@@ -37,6 +37,9 @@ class Owner(Protocol):
     def _check_pass(self) -> None:
         """May a backward pass begin?"""
 
+    def _after_pass(self, active: float) -> None:
+        """A pass was averaged, in which so many ranks had a part of their own."""
+
 
 @dataclass
 class LocalPass:
@@ -123,6 +126,15 @@ class BackwardHooks(ABC):
         """Average what earlier passes have left on this rank, without a pass of its own."""
         self._reducer.open_kept(changed=self._buffers_changed())
         self._average()
+
+    @property
+    def active(self) -> float:
+        """How many ranks had a part of their own in the last pass that was averaged."""
+        return self._reducer.told.active
+
+    def average_over_all(self, over_all: bool) -> None:
+        """Is the mean over all ranks, or over those that have a part of their own?"""
+        self._reducer.over_all = over_all
 
     @abstractmethod
     def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -275,6 +287,7 @@ class BackwardHooks(ABC):
         self.steps += 1
         self._take_over(self._reducer.close())
         self._sync_buffers(active=True)
+        self._owner._after_pass(self.active)
 
     @abstractmethod
     def _any_kept(self) -> bool:

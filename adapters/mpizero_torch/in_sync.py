@@ -14,9 +14,10 @@ from torch import nn
 from mpizero import ArgumentError, MismatchError, MpizeroError, World
 from mpizero.diagnostics.views import name
 from mpizero.engine import SHARDED
-from mpizero_torch import slices
+from mpizero_torch import names, slices
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule, ShardedOptimizer
+from mpizero_torch.torch_members import TorchMembers
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -37,6 +38,7 @@ def assert_in_sync(
 
     ``model`` may be wrapped or not; ``world``: the ranks, by default the wrapped model's.
     """
+    model = names.uncompiled(model)
     if world is None:
         world = model.world if isinstance(model, DistributedModule) else init()
     with world.telling():
@@ -71,6 +73,7 @@ def detect_nonfinite(model: nn.Module) -> Iterator[None]:
     more. Not with a loss scale (``precision="fp16"``, GradScaler), under which gradients overflow
     now and then and the step is left out: ArgumentError.
     """
+    model = names.uncompiled(model)
     if isinstance(model, ShardedModule) and model.scaling is not None:
         raise ArgumentError(
             "detect_nonfinite()", "model", "one with precision='fp16'", "fp32 or bf16",
@@ -80,7 +83,7 @@ def detect_nonfinite(model: nn.Module) -> Iterator[None]:
     inner = model.module if isinstance(model, DistributedModule) else model
     handles = [
         parameter.register_hook(_Check(key, rank))
-        for key, parameter in inner.named_parameters()
+        for key, parameter in names.named_parameters(inner)
         if parameter.requires_grad
     ]
     try:
@@ -111,9 +114,10 @@ def _replicated(
     """What every rank should have the same of, by name."""
     inner = model.module if isinstance(model, DistributedModule) else model
     is_cut = isinstance(model, ShardedModule) and model.state.memory.how == SHARDED
+    apart = model.parameters_to_ignore if isinstance(model, TorchMembers) else set()
     if not is_cut:
-        yield from inner.named_parameters()
-    yield from inner.named_buffers()
+        yield from (each for each in names.named_parameters(inner) if each[0] not in apart)
+    yield from (each for each in names.named_buffers(inner) if each[0] not in apart)
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -126,10 +130,12 @@ def _replicated(
         yield f"the optimizer's group {at}", repr(sorted(settings.items()))
     if isinstance(optimizer, ShardedOptimizer):
         return
-    names = {id(parameter): key for key, parameter in inner.named_parameters()}
+    known = {id(parameter): key for key, parameter in names.named_parameters(inner)}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            key = names.get(id(parameter), "a parameter that is not the model's")
+            key = known.get(id(parameter), "a parameter that is not the model's")
+            if key in apart:
+                continue
             for what, value in sorted(optimizer.state.get(parameter, {}).items()):
                 yield f"the optimizer's {what} of {key}", value
 

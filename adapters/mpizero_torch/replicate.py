@@ -137,6 +137,11 @@ class Buffers:
         self._ignored = set(ignored)
         self._take_note()
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._buffers())
+
     def changed(self) -> bool:
         """Has any buffer been written to, or replaced, since they were last equal?"""
         buffers = self._buffers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -13,26 +13,42 @@ from torch import nn
 from mpizero import MpizeroError, World
 from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
-from mpizero_torch import batch_weight, slices
+from mpizero_torch import batch_weight, names, slices
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
+from mpizero_torch.torch_surface import lacking
 
 
 class DistributedModule(nn.Module):
-    """A module that is trained on all ranks of ``world``, each with its own part of the data."""
+    """A module that is trained on all ranks of ``world``, each with its own part of the data.
+
+    Whoever walks through it by names meets those of the plain module: it holds the parameters and
+    buffers of ``module`` as its own, and gives its parts no prefix.
+    """
+
+    _unless_inner: Mapping[str, Any] = {}
+    _ignored: Collection[str] = ()  # parameters and buffers that are left to each rank
 
     def __init__(self, module: nn.Module, world: World) -> None:
         super().__init__()
         self.world = world
         self.module = module
+        self._hold_as_own()
         self._synchronise = True
         self._stated: Weight | None = None
         self._hooks: BackwardHooks | None = None
         self._named: list[tuple[str, nn.Parameter]] = []
         self._buffers_in_sync: Buffers | None = None
-        self.tied = TiedStages(list(module.named_parameters()), world)
-        self.register_load_state_dict_pre_hook(_restore_prefix)  # type: ignore[no-untyped-call]
+        self._throws = False
+        self.tied = TiedStages(list(names.named_parameters(module)), world)
+        self._prefix = ""  # within a bigger module that is being loaded
+        self.register_load_state_dict_post_hook(_name_as_asked)  # type: ignore[no-untyped-call]
+
+    def _hold_as_own(self) -> None:
+        """Let what the inner module holds itself be found here, by names without a prefix."""
+        for held in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[held] = getattr(names.uncompiled(self.module), held)
 
     @abstractmethod
     def _watch_parameters(self) -> None:
@@ -108,20 +124,77 @@ class DistributedModule(nn.Module):
             return
         while self._hooks.shadow():
             self._forget_gradients()
+            self._after_pass(self._hooks.active)
         steps = self.world.gather_objects(self._steps - steps_before)
         root = steps.index(max(steps))
-        every = [tensor for _, tensor in self._named] + list(self.module.buffers())
+        buffers = [b for name, b in self.named_buffers() if name not in self._ignored]
+        every = [tensor for _, tensor in self._named] + buffers
         broadcast_tensors(every, self.world, root)
         if optimizer is not None:
             broadcast_optimizer(optimizer, self.world, root)
 
+    @property
+    def require_backward_grad_sync(self) -> bool:
+        """Are gradients averaged by backward passes? What ``no_sync`` sets, to be set by hand."""
+        return self._synchronise
+
+    @require_backward_grad_sync.setter
+    def require_backward_grad_sync(self, value: bool) -> None:
+        self._synchronise = bool(value)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's state_dict, with its plain names."""
-        return self.module.state_dict(*args, **kwargs)
+        return names.state_dict(self.module, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load an undistributed module's state_dict (every rank must be given the same)."""
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
+        """Load an undistributed module's state_dict (every rank must be given the same).
+
+        Prefixes of torch.compile and of torch's DistributedDataParallel are taken off.
+        """
+        return names.load_state_dict(self.module, state_dict, *args, **kwargs)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module and the parts of the inner one, by their plain names."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, part in self.module.named_modules(memo, prefix, remove_duplicate):
+            yield prefix[: len(name)] + names.plain(name[len(prefix) :]), part
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A part of the inner module, by its plain name (or with ``module.`` in front)."""
+        try:
+            return names.uncompiled(self.module).get_submodule(target)
+        except AttributeError:
+            return super().get_submodule(target)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # Asked by torch.distributed.checkpoint: there is no "module." in names, and a child of
+        # that name is the inner module's.
+        return {"module": "module"}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A bigger module is loaded, and goes on to the inner one with "module." in its names.
+        self._prefix = prefix
+        given = {
+            name[len(prefix) :]: state_dict.pop(name)
+            for name in list(state_dict)
+            if name.startswith(prefix)
+        }
+        rename = names.renaming(self.module, given)
+        for name, value in given.items():
+            state_dict[f"{prefix}module.{rename(name)}"] = value
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DistributedModule:
+        self.module._apply(fn, recurse)  # not once more for what this one holds too
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,9 +202,17 @@ class DistributedModule(nn.Module):
         except AttributeError:
             if name == "module":
                 raise
-            return getattr(self.module, name)
+        inner = self.module
+        try:
+            return getattr(inner, name)
+        except AttributeError:
+            if hasattr(type(inner), name):
+                raise  # a property of its own has
+        if name in self._unless_inner:
+            return self._unless_inner[name]
+        raise lacking(self, inner, name)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError(_COPY.format("deepcopied"))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -166,6 +247,15 @@ class DistributedModule(nn.Module):
                 "`with model.accumulate():`, at whose end gradients are summed and averaged."
             )
 
+    def _after_pass(self, active: float) -> None:
+        """A pass was averaged, in which so many ranks had a part of their own."""
+        if self._throws and active != self.world.size:
+            raise MpizeroError(
+                f"join(throw_on_early_termination=True): {self.world.size - active:.0f} of "
+                f"{self.world.size} ranks have come to the end of their data, and the others have "
+                "not."
+            )
+
     def _forget_gradients(self) -> None:
         for _, parameter in self._named:
             parameter.grad = None
@@ -177,8 +267,11 @@ _COPY = (
 )
 
 
-def _restore_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loading a bigger module that contains this one: give the plain names back their 'module.'."""
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        if not name.startswith(prefix + "module."):
-            state_dict[prefix + "module." + name[len(prefix) :]] = state_dict.pop(name)
+def _name_as_asked(module: DistributedModule, found: Any) -> None:
+    """After a bigger module has been loaded: what is missing, or too much, by its plain names."""
+    within = module._prefix + "module."
+    for keys in found:
+        keys[:] = [
+            module._prefix + names.plain(key[len(within) :]) if key.startswith(within) else key
+            for key in keys
+        ]

@@ -28,6 +28,7 @@ class News:
     changed: float = 0.0  # have its module's buffers changed?
     late: float = 0.0  # how many parameters does it train that have no place yet?
     keeps: float = 0.0  # does the pass add to a mean that is kept?
+    over_all: float = 0.0  # is the mean over all ranks, those without a pass of their own too?
     updates: float = 0.0  # is it no pass, but an update of sharded parameters?
 
 
@@ -80,7 +81,8 @@ class Opening:
     def divisor(self) -> float:
         """What the sum of what has been scaled is divided by."""
         sums = self.wait()
-        whole = sums.weight if sums.stated else sums.active
+        ranks = float(self._world.size) if sums.over_all else sums.active
+        whole = sums.weight if sums.stated else ranks
         largest = float(self._largest[0]) if sums.uneven else 1.0
         return whole / largest if whole and largest else 1.0
 

@@ -55,6 +55,7 @@ class ReducedPasses(ABC):
         self._stream = stream
         self._ledger = WeightLedger(self._world.size, apart)
         self._opening: Opening | None = None
+        self.over_all = False  # is the mean over all ranks, or those with a pass of their own?
         self._told = News()  # what the last opening has said
         # How often a gradient comes in one backward (more than once if checkpointed segments share
         # the parameter), as far as is known; None: pieces wait for the end of backward.
@@ -112,6 +113,7 @@ class ReducedPasses(ABC):
             weight=merge.announced,
             uneven=float(merge.factor != 1.0),
             changed=float(changed),
+            over_all=float(self.over_all),
             **self._own_news(),
         )
         self._announce(news, merge)

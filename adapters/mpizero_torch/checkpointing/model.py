@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError
 from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, tree
-from mpizero_torch import slices, tensors
+from mpizero_torch import names, slices, tensors
 from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -20,12 +20,17 @@ PART = "model"
 
 
 def plain_module(model: nn.Module) -> nn.Module:
-    """The module that a wrapper of ours wraps, or the model itself."""
-    return model.module if isinstance(model, DistributedModule) else model
+    """The module that wrappers, ours and torch.compile's, wrap, or the model itself."""
+    model = names.uncompiled(model)
+    return names.uncompiled(model.module) if isinstance(model, DistributedModule) else model
 
 
-def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Part, dict[str, Any]]:
+def model_part(
+    model: nn.Module, axes: Axes, arrays: dict[str, Any], own: Collection[str] = ()
+) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of a model, and what of it is no tensor. Collective.
+
+    Without what is each rank's ``own``, which is in a part of its own.
 
     Arrays within modules' extra state go to ``arrays``: the model's files have tensors only that
     the plain module has.
@@ -44,6 +49,8 @@ def model_part(model: nn.Module, axes: Axes, arrays: dict[str, Any]) -> tuple[Pa
     seen: dict[int, str] = {}
     name_of: dict[int, str] = {}  # of sharded parameters
     for name, value in _entries(model):
+        if name in own:
+            continue
         if not isinstance(value, torch.Tensor):
             others[name] = value
         elif id(value) in seen:
@@ -91,11 +98,12 @@ def load_model(
     array: Callable[[str], Any],
     strict: bool,
     elsewhere: Iterable[str] = (),
+    own: Any = None,
 ) -> None:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
 
     ``array`` reads those within modules' extra state; ``elsewhere`` are names that the other
-    stages of a pipeline have.
+    stages of a pipeline have; ``own``: what this rank had of its own (see ``own.py``).
 
     When all ranks have, a sharded model's parameters are to be ``settle``d.
 
@@ -106,7 +114,8 @@ def load_model(
     found = checkpoint.values.get(PART, {})
     others = found.get("others", {})
     entries = dict(_entries(model))
-    known = {*specs, *aliases, *others}
+    mine: Mapping[str, Any] = {} if own is None else own.model
+    known = {*specs, *aliases, *others, *mine}
     missing = sorted(name for name in entries if name not in known)
     anywhere = {*entries, *elsewhere, "format"}
     unknown = sorted(name for name in known if name not in anywhere)
@@ -121,6 +130,9 @@ def load_model(
     number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
     done: set[int] = set()
     with torch.no_grad():
+        for name in mine.keys() & entries.keys():
+            _check_shape(name, tuple(entries[name].shape), tuple(mine[name].shape))
+            entries[name].copy_(mine[name])
         for name, value in entries.items():
             stored = name if name in specs else aliases.get(name, "")
             if not isinstance(value, torch.Tensor) or stored not in specs or id(value) in done:
@@ -139,7 +151,7 @@ def load_model(
         if name in entries
     }
     if extra:
-        plain_module(model).load_state_dict(extra, strict=False)
+        names.load_state_dict(plain_module(model), extra, strict=False)
     if isinstance(model, ShardedModule) and model.scaling is not None and "loss_scale" in found:
         model.scaling.load_state_dict(found["loss_scale"])
 
@@ -152,13 +164,13 @@ def as_array(value: Any) -> Any:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
-def names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
     """The names of all that a checkpoint has of a model."""
     return [name for name, _ in _entries(model)]
 
 
 def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    found: Mapping[str, Any] = plain_module(model).state_dict(keep_vars=True)
+    found: Mapping[str, Any] = names.state_dict(plain_module(model), keep_vars=True)
     return found.items()
 
 

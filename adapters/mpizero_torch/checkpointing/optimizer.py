@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mpizero.checkpoint import Box, Part, Piece, Readable, TensorSpec, tree
 from mpizero_torch import slices, tensors
 from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.checkpointing.model import as_array, plain_module
+from mpizero_torch.names import named_parameters
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
 
@@ -20,9 +21,15 @@ PART = "optimizer"
 
 
 def optimizer_part(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, axes: Axes
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None,
+    axes: Axes,
+    own: Collection[str] = (),
 ) -> tuple[Part, dict[str, Any]]:
-    """What this rank writes of an optimizer's state, and what of it is no tensor. Collective."""
+    """What this rank writes of an optimizer's state, and what of it is no tensor. Collective.
+
+    Without the state of what is each rank's ``own``, which is in a part of its own.
+    """
     names = group_names(optimizer, model)
     specs: list[TensorSpec] = []
     pieces: list[Piece] = []
@@ -34,6 +41,8 @@ def optimizer_part(
         of_parameter = [name for group in names for name in group]
         for number, state in optimizer.state_dict()["state"].items():
             name = of_parameter[number]
+            if name in own:
+                continue
             others[name] = {}
             for key, value in state.items():
                 cut = slices.is_slice(value)
@@ -63,18 +72,21 @@ def load_optimizer(
     model: nn.Module | None,
     checkpoint: Readable,
     elsewhere: Sequence[Sequence[str]] = (),
+    of_rank: Any = None,
 ) -> None:
     """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
 
-    ``elsewhere``: the parameters that its groups have on other stages of a pipeline. Raises
-    ArgumentError if its groups have other parameters.
+    ``elsewhere``: the parameters that its groups have on other stages of a pipeline; ``of_rank``:
+    what this rank had of its own (see ``own.py``). Raises ArgumentError if its groups have other
+    parameters.
     """
     saved = checkpoint.values[PART]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
     everywhere = [
         {*each, *(elsewhere[at] if at < len(elsewhere) else ())} for at, each in enumerate(own)
     ]
-    if everywhere != [set(each) for each in theirs]:
+    apart = frozenset() if of_rank is None else of_rank.anywhere
+    if [each - apart for each in everywhere] != [set(each) - apart for each in theirs]:
         raise ArgumentError(
             "load()", "optimizer", f"one with groups {_short(own)}",
             f"groups of the parameters that were saved: {_short(theirs)}",
@@ -87,6 +99,9 @@ def load_optimizer(
     parameters = _parameters(optimizer, model, own)
     specs = checkpoint.specs(PART)
     state: dict[int, dict[str, Any]] = {}
+    for name, mine in {} if of_rank is None else of_rank.optimizer.items():
+        if name in number:
+            state[number[name]] = dict(mine)
     for name, others in saved["others"].items():
         if name not in number:
             continue  # another stage's
@@ -168,7 +183,7 @@ def group_names(
             [str(number) for number in range(start, start + count)]
             for start, count in zip(starts, counts, strict=True)
         ]
-    known = {id(parameter): name for name, parameter in plain_module(model).named_parameters()}
+    known = {id(parameter): name for name, parameter in named_parameters(plain_module(model))}
     found = []
     for group in optimizer.param_groups:
         if any(id(parameter) not in known for parameter in group["params"]):

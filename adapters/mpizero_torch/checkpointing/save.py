@@ -26,8 +26,10 @@ from mpizero.checkpoint import (
 from mpizero_torch import tensors
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
+from mpizero_torch.checkpointing import own as owns
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.checkpointing.axes import Axes, merged
+from mpizero_torch.names import uncompiled
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
@@ -56,6 +58,9 @@ def save(
     ``state_dict()``; ``extra`` is further values of one's own, the same on all ranks: numbers,
     strings, tensors, lists and dicts of these. Each rank's random number generators are saved too.
     Nothing is pickled.
+
+    Parameters that were left out of ``DistributedDataParallel`` (experts of a rank's own) are saved
+    for each rank, if they differ; they are loaded by as many ranks.
 
     Save between two steps: gradients are not saved, nor is what half a step has accumulated.
 
@@ -126,12 +131,20 @@ def collect(
     parts: list[Part] = []
     arrays: dict[str, Any] = {}  # within values
     values: dict[str, Any] = {}
+    own = owns.Own()
     if model is not None:
-        part, values[models.PART] = models.model_part(model, axes, arrays)
+        model = uncompiled(model)
+        own = owns.of(model, optimizer, axes.everyone)
+        if own.anywhere:
+            part, values[owns.PART] = owns.part_of(own, axes.everyone)
+            parts.append(part)
+        part, values[models.PART] = models.model_part(model, axes, arrays, own.anywhere)
         arrays = merged(axes.gather_stages(arrays))
         parts.append(part)
     if optimizer is not None:
-        part, values[optimizers.PART] = optimizers.optimizer_part(optimizer, model, axes)
+        part, values[optimizers.PART] = optimizers.optimizer_part(
+            optimizer, model, axes, own.anywhere
+        )
         parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
@@ -189,6 +202,7 @@ def restore(
     random: bool = True,
 ) -> dict[str, Any]:
     """What ``load`` does, from a checkpoint that is open."""
+    model = None if model is None else uncompiled(model)
     found, axes = checkpoint.values, Axes.of(world)
     world = axes.everyone
 
@@ -206,10 +220,11 @@ def restore(
             raise _not_saved(name, checkpoint)
     names, groups = _on_all_stages(axes, model, optimizer)
     with agreed(world):
+        own = owns.saved(checkpoint, model, world, strict)
         if model is not None:
-            models.load_model(model, checkpoint, array, strict, names)
+            models.load_model(model, checkpoint, array, strict, names, own)
         if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint, groups)
+            optimizers.load_optimizer(optimizer, model, checkpoint, groups, own)
         for name, each in given.items():
             if each is not None:
                 each.load_state_dict(others[name])
@@ -222,6 +237,8 @@ def restore(
 
 
 def _world_of(model: nn.Module | None, world: World | None) -> World:
+    if model is not None:
+        model = uncompiled(model)
     if isinstance(model, DistributedModule):
         mesh = model.world.mesh
         if world is None or (mesh is not None and world is mesh.world):
@@ -233,7 +250,7 @@ def _on_all_stages(
     axes: Axes, model: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> tuple[list[str], list[list[str]]]:
     """The names of the model, and of the optimizer's groups, that the stages have together."""
-    names = [] if model is None else models.names(model)
+    names = [] if model is None else models.names_of(model)
     groups = [] if optimizer is None else optimizers.group_names(optimizer, model)
     everyones = axes.gather_stages((names, [list(each) for each in groups]))
     together: list[list[str]] = [[] for _ in groups]

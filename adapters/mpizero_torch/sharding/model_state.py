@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError
 from mpizero.engine import COMMON
-from mpizero_torch import slices
+from mpizero_torch import names, slices
 from mpizero_torch.replicate import broadcast_tensors
 from mpizero_torch.sharding.state import ShardedState
 from mpizero_torch.wrapper import DistributedModule
@@ -31,7 +31,7 @@ def whole_state_dict(
             raise ArgumentError(
                 "state_dict()", "root", str(root), f"0 to {world.size - 1}, or None"
             )
-        found: dict[str, Any] = module.state_dict(*args, **kwargs, keep_vars=True)
+        found: dict[str, Any] = names.state_dict(module, *args, **{**kwargs, "keep_vars": True})
         number = {id(parameter): index for index, (_, parameter) in enumerate(state.named)}
         collected: dict[int, Any] = {}  # tied parameters have several names
         wanted = root is None or root == world.rank
@@ -56,6 +56,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
     ranks. Takes memory for the whole model on each rank, unless it only looks at what is there. For
     models that are not sharded it does nothing but give the plain module.
     """
+    model = names.uncompiled(model)
     state = getattr(model, "state", None)
     if not isinstance(model, DistributedModule) or not isinstance(state, ShardedState):
         yield model.module if isinstance(model, DistributedModule) else model
@@ -91,7 +92,7 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: 
     """Load a plain module's state_dict, which every rank must be given (rank 0's holds)."""
     with model.world.together("load_state_dict()"):
         with gathered(model, modify=True) as inner:
-            result = inner.load_state_dict(state_dict, *args, **kwargs)
+            result = names.load_state_dict(inner, state_dict, *args, **kwargs)
             buffers = [buffer for _, buffer in inner.named_buffers()]
         broadcast_tensors(buffers, model.world, root=0)
         return result

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
-from mpizero_torch import slices
+from mpizero_torch import names, slices
 from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -52,7 +52,7 @@ class ShardedModule(DistributedModule):
         super().__init__(module, world)
         self._lane = lane
         self._in_join = False
-        self._named = list(module.named_parameters())
+        self._named = list(names.named_parameters(module))
         initialiser = Initialiser(module, [p for _, p in self._named], self.world, initialise)
         self._optimizer, self._sharding = [optimizer], sharding
         self._loss_scale, self._aside = loss_scale, aside

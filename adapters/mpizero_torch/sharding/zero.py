@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, take_lane
-from mpizero_torch import slices, tensors
+from mpizero_torch import names, slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.element_wise import choose_partition
@@ -20,6 +20,7 @@ from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
 from mpizero_torch.sharding.state import Sharding
+from mpizero_torch.torch_surface import check_module
 from mpizero_torch.wrapper import DistributedModule
 
 SEGMENT_MB = SEGMENT_BYTES / 2**20
@@ -85,7 +86,7 @@ def zero(
     with world.together("zero()"):
         if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
             raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
-        if isinstance(model, DistributedModule):
+        if isinstance(names.uncompiled(model), DistributedModule):
             raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
         if precision not in _PRECISIONS:
             raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
@@ -94,15 +95,16 @@ def zero(
         if stage == 0:
             _refuse_for_replicas(precision, offload, shard_group)
             return DistributedDataParallel(
-                model, world=world, broadcast_buffers=broadcast_buffers
+                model, world=world, forward_sync_buffers=None if broadcast_buffers else False
             ), optimizer
-        named = list(model.named_parameters())
+        named = list(names.named_parameters(model))
         _check_dtypes(named)
+        check_module([*named, *names.named_buffers(model)], "zero()")
         groups = _group_numbers(optimizer, named)
         slices.check("zero()", named, world)
         are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
         partition = choose_partition(optimizer, partition, are_cut)
-        _agree(world, named, list(model.named_buffers()), groups, partition, stage)
+        _agree(world, named, list(names.named_buffers(model)), groups, partition, stage)
         lane = take_lane(world)
         group = ShardGroup(lane.world, shard_group)
         sharding = Sharding(
