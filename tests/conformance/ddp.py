@@ -72,8 +72,9 @@ def replaced(suite: Any, wrapper: type[torch.nn.Module], ranks: int) -> Iterator
         for module in (suite, torch.nn.parallel, torchs):
             stack.enter_context(patch.object(module, _NAME, taken))
         for name in ("set_device", "synchronize"):
-            stack.enter_context(patch.object(torch.cuda, name, lambda *_: None))
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: None))
         stack.enter_context(patch.object(torch.cuda, "device_count", lambda: ranks))
+        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: 0))
         stack.enter_context(_CudaIsCpu())
         yield
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
 from torch.testing._internal.common_distributed import DistTestCases
 from torch.testing._internal.common_utils import set_rng_seed
 
@@ -105,6 +106,8 @@ class Suite:
 
     def prepare(self, folder: Path) -> None:
         """Give the next test its files: those of its barriers and of a store."""
+        os.environ.pop("TORCH_DISTRIBUTED_DEBUG", None)  # a test before may have left its level
+        dist.set_debug_level(dist.DebugLevel.OFF)
         for part in ("barrier", "test_dir", "init_dir"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         os.environ["TEMP_DIR"] = str(folder)
