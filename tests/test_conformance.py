@@ -62,9 +62,7 @@ QUICK_BACKEND = (
     "test_get_future",
     "test_ddp_logging_data_cpu",
 )
-QUICK_DDP = (
-    "test_ddp_zero_output_features",
-)
+QUICK_DDP = ("test_ddp_zero_output_features",)
 QUICK = {BACKEND.name: QUICK_BACKEND, DDP.name: QUICK_DDP}
 
 _MPI = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH

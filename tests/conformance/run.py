@@ -49,7 +49,9 @@ def main() -> int:
             counts = ", ".join(f"{stored.count(found.values(), v)} {v}" for v in _VERDICTS)
             print(f"{column}: {counts}")
     made_with = {"torch": torch.__version__.split("+")[0]}
-    short = [d for d in compare.differences(columns, table.reasons) if d.falls_short and d.name in names]
+    short = [
+        d for d in compare.differences(columns, table.reasons) if d.falls_short and d.name in names
+    ]
     for each in short:
         known = "for a known reason" if each.reason else "and nobody knows why"
         print(f"{each.column}: {each.name} {each.ours}, gloo passes, {known}")
