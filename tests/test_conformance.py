@@ -62,7 +62,23 @@ QUICK_BACKEND = (
     "test_get_future",
     "test_ddp_logging_data_cpu",
 )
-QUICK_DDP = ("test_ddp_zero_output_features",)
+QUICK_DDP = (
+    "test_ddp_zero_output_features",
+    "test_DistributedDataParallel_with_amp_and_grad_is_view",
+    "test_post_localSGD_optimizer_step_reload",
+    "test_ddp_uneven_input_exception",
+    "test_ddp_shared_grad_acc_unused_params",
+    "test_ddp_namedtuple",
+    "test_grads_same_across_ranks_with_no_sync",
+    "test_ddp_model_diff_num_params_across_ranks",
+    "test_output_unused_in_loss_dict_module",
+    "test_undefined_grad_parity_unused_parameters",
+    "test_ddp_returns_tensor_with_no_grad",
+    "test_ddp_new_tensor_in_fwd",
+    "test_ddp_broadcast_buffer",
+    "test_static_graph_multi_forward",
+    "test_ddp_forward_backward_hook",
+)
 QUICK = {BACKEND.name: QUICK_BACKEND, DDP.name: QUICK_DDP}
 
 _MPI = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH

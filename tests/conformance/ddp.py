@@ -59,8 +59,12 @@ def without_gpus(ranks: int) -> Iterator[None]:
             return unittest.skip(f"Test requires world size of {number}")
         return lambda test: test
 
-    decorators = {"skip_if_lt_x_gpu": skip_if_lt_x_gpu, "skip_if_no_gpu": lambda test: test}
-    with patch.multiple(common_distributed, **decorators):
+    def skip_if_no_gpu(test: Any) -> Any:
+        return test
+
+    with ExitStack() as stack:
+        for decorator in (skip_if_lt_x_gpu, skip_if_no_gpu):
+            stack.enter_context(patch.object(common_distributed, decorator.__name__, decorator))
         yield
 
 

@@ -32,13 +32,9 @@ _JOIN = (
     "`divide_by_initial_world_size=False` says so. Here it is always by those that still train, "
     "and `join` takes an optimizer instead of torch's arguments."
 )
-_IN_BACKWARD = (
-    "Optimizers of torch's private `_apply_optimizer_in_backward` take their step before gradients "
-    "are averaged, so they are refused: `register_post_accumulate_grad_hook` is called afterwards."
-)
 _PROFILED = (
-    "Expects the profiler to show calls of `torch.distributed`. Gradients do not go through it here; "
-    "`mz.trace` shows what they do."
+    "Expects the profiler to show calls of `torch.distributed`. Gradients do not go through it "
+    "here; `mz.trace` shows what they do."
 )
 
 REASONS: dict[str, str] = {
@@ -62,7 +58,6 @@ REASONS: dict[str, str] = {
     "test_ddp_sync_module_states": _REDUCER,
     "test_ddp_sink_noclone": _REDUCER,
     "test_ddp_logging_data_cpu": _LOGGED,
-    "test_sync_bn_logged": _LOGGED,
     "test_different_graph_across_ranks": _LOGGED,
     "test_skip_all_reduce_unused_parameters": _LOGGED,
     "test_ddp_unused_params_rebuild_buckets_exception": _UNUSED,
@@ -86,16 +81,14 @@ REASONS: dict[str, str] = {
     "test_ddp_join_model_equivalence": _JOIN,
     "test_ddp_uneven_inputs": _JOIN,
     "test_ddp_uneven_input_join_disable": _JOIN,
-    "test_ddp_apply_optim_in_backward": _IN_BACKWARD,
-    "test_ddp_apply_optim_in_backward_grad_as_bucket_view_false": _IN_BACKWARD,
     "test_ddp_profiling_torch_profiler": _PROFILED,
     "test_DistributedDataParallel_requires_grad": (
         "A module without trainable parameters is refused, as by torch, with an `ArgumentError`, "
         "which is a `ValueError`; the test expects a `RuntimeError`."
     ),
     "test_ddp_create_graph": (
-        "Gradients of gradients (`create_graph=True`) would not be averaged, and are refused; torch "
-        "warns, and the test asks no more than that backward raises nothing."
+        "Gradients of gradients (`create_graph=True`) would not be averaged, and are refused; "
+        "torch warns, and the test asks no more than that backward raises nothing."
     ),
     "test_ddp_native_mixed_precision_ignored_params": (
         "`mixed_precision=` is not taken: use `torch.autocast`."
@@ -110,6 +103,10 @@ REASONS: dict[str, str] = {
     ),
     "test_ddp_device_mesh_initialization": (
         "`device_mesh=` is not taken: ranks are given by `world=`."
+    ),
+    "test_ddp_inference": (
+        "torch's wrapper takes no module with `SyncBatchNorm` on the CPU; evaluated it needs no "
+        "other ranks, and works here."
     ),
     "test_ddp_compile_static_graph": (
         "`torch.compile` of the wrapper fails: compile the module, and wrap what it returns."

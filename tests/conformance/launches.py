@@ -77,6 +77,7 @@ class _Launch:
         command += [setting.python, "-m", "conformance.rank", str(folder)]
         environment = launch_environment()
         environment["PYTHONPATH"] = f"{ROOT / 'tests'}:{environment['PYTHONPATH']}"
+        environment["PYTORCH_PRINT_REPRO_ON_FAILURE"] = "0"  # it is not run by torch's command
         with (folder / "output").open("w") as output:
             streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
             with started(command, env=environment, **streams) as process:

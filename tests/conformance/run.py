@@ -1,6 +1,6 @@
 """Run torch's test suite for distributed backends with "mpizero", with gloo, or with both.
 
-    python tests/conformance/run.py [--table ddp] [--backend both] [--only NAME] [--json FILE] [--write]
+    python tests/conformance/run.py [--table T] [--backend B] [--only NAME] [--json FILE] [--write]
 
 Under the MPI that belongs to this Python, on 3 ranks; what asks for 4 ranks is run again on 4.
 ``--table ddp``: the tests that make a DistributedDataParallel, with ours in the place of torch's.

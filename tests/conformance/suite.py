@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch.distributed as dist
 from torch.testing._internal.common_distributed import DistTestCases
 from torch.testing._internal.common_utils import set_rng_seed
 
@@ -85,11 +84,9 @@ class Suite:
         """The context in which tests are to be run."""
         if not self._of_ddp:
             return nullcontext()
-        if self._backend == "mpizero":
-            from mpizero_torch import DistributedDataParallel
-        else:
-            from torch.nn.parallel import DistributedDataParallel
-        return ddp.replaced(self._suite, DistributedDataParallel, self._ranks)
+        package = "mpizero_torch" if self._backend == "mpizero" else "torch.nn.parallel"
+        wrapper = importlib.import_module(package).DistributedDataParallel
+        return ddp.replaced(self._suite, wrapper, self._ranks)
 
     def case(self, name: str, rank: int) -> Any:
         """A test as the suite's own processes have it: ``case.NAME()`` runs its body."""
@@ -107,7 +104,7 @@ class Suite:
     def prepare(self, folder: Path) -> None:
         """Give the next test its files: those of its barriers and of a store."""
         os.environ.pop("TORCH_DISTRIBUTED_DEBUG", None)  # a test before may have left its level
-        dist.set_debug_level(dist.DebugLevel.OFF)
+        self._suite.dist.set_debug_level(self._suite.dist.DebugLevel.OFF)
         for part in ("barrier", "test_dir", "init_dir"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         os.environ["TEMP_DIR"] = str(folder)
