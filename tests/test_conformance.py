@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -13,10 +14,11 @@ import pytest
 from conformance import compare, page, stored
 from conformance.launches import Setting, run_tests
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome, together
-from support.launch import find_mpirun, is_openmpi
+from conformance.tables import BACKEND, DDP, TABLES, Table
+from support.launch import ROOT, find_mpirun, is_openmpi, launch_environment
 
 # One or two of each kind, of those that take little time.
-QUICK = (
+QUICK_BACKEND = (
     "test_get_rank",
     "test_get_backend",
     "test_Backend_enum_class",
@@ -60,22 +62,42 @@ QUICK = (
     "test_get_future",
     "test_ddp_logging_data_cpu",
 )
+QUICK_DDP = (
+    "test_ddp_zero_output_features",
+    "test_DistributedDataParallel_with_amp_and_grad_is_view",
+    "test_post_localSGD_optimizer_step_reload",
+    "test_ddp_uneven_input_exception",
+    "test_ddp_shared_grad_acc_unused_params",
+    "test_ddp_namedtuple",
+    "test_grads_same_across_ranks_with_no_sync",
+    "test_ddp_model_diff_num_params_across_ranks",
+    "test_output_unused_in_loss_dict_module",
+    "test_undefined_grad_parity_unused_parameters",
+    "test_ddp_returns_tensor_with_no_grad",
+    "test_ddp_new_tensor_in_fwd",
+    "test_ddp_broadcast_buffer",
+    "test_static_graph_multi_forward",
+    "test_ddp_forward_backward_hook",
+)
+QUICK = {BACKEND.name: QUICK_BACKEND, DDP.name: QUICK_DDP}
 
 _MPI = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH
 _ALL = bool(os.environ.get("MPIZERO_TEST_ALL"))
 
 
-def _run(names: list[str], limit: float = 60.0) -> dict[str, Outcome]:
-    return run_tests(Setting(sys.executable, "mpizero", limit), names, lambda *_: None)
+def _run(names: list[str], limit: float = 60.0, table: Table = BACKEND) -> dict[str, Outcome]:
+    setting = Setting(sys.executable, "mpizero", limit, table=table)
+    return run_tests(setting, names, lambda *_: None)
 
 
 @pytest.mark.timeout(3600 if _ALL else 240)
-def test_what_has_passed_passes() -> None:
-    _, columns = stored.read()
-    before = columns[_MPI]
-    names = [name for name, o in before.items() if o.verdict == PASSED and (_ALL or name in QUICK)]
-    assert _ALL or len(names) == len(QUICK), set(QUICK) - set(names)
-    now = _run(names)
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_what_has_passed_passes(table: Table) -> None:
+    _, columns = stored.read(table.file)
+    before, quick = columns[_MPI], QUICK[table.name]
+    names = [name for name, o in before.items() if o.verdict == PASSED and (_ALL or name in quick)]
+    assert _ALL or len(names) == len(quick), set(quick) - set(names)
+    now = _run(names, table=table)
     assert {n: o.details for n, o in now.items() if o.verdict != PASSED} == {}
 
 
@@ -102,15 +124,36 @@ def test_one_rank_fails_a_test_for_all() -> None:
 
 
 @pytest.mark.once
-def test_the_page_shows_the_results_with_every_difference() -> None:
-    made_with, columns = stored.read()
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_page_shows_the_results_with_every_difference(table: Table) -> None:
+    made_with, columns = stored.read(table.file)
     assert list(columns) == list(stored.COLUMNS)
     text = page.PAGE.read_text()
-    assert page.put_in(text, page.tables(made_with, columns)) == text
-    found = compare.differences(columns)
+    assert page.put_in(text, table, page.section(table, made_with, columns)) == text
+    found = compare.differences(columns, table.reasons)
     assert found and all(f"`{each.name}`" in text and each.reason in text for each in found)
 
 
 @pytest.mark.once
-def test_every_difference_has_its_reason() -> None:
-    assert compare.unexplained(stored.read()[1]) == []
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_difference_has_its_reason(table: Table) -> None:
+    assert compare.unexplained(stored.read(table.file)[1], table.reasons) == []
+
+
+@pytest.mark.once
+def test_the_tests_that_make_a_replica_are_found() -> None:
+    """In a process of its own: to import the suite changes the environment."""
+    code = (
+        "from conformance.suite import Suite; from conformance.tables import DDP; "
+        "print(*Suite('gloo', 3, DDP).names())"
+    )
+    environment = launch_environment()
+    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found = done.stdout.split()
+    itself, by_another = "test_ddp_broadcast_buffer", "test_DistributedDataParallelCPU"
+    assert {itself, by_another} < set(found)
+    assert "test_all_reduce_sum" not in found
+    assert set(found) == set(stored.read(DDP.file)[1][stored.GLOO])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.outcomes import FAILED, Outcome, together
+from conformance.tables import BACKEND, Table
 from support.launch import ROOT, launch_environment, mpirun_command, started
 
 # Beside the tests' own limits: for starting Python and torch, on a machine that is busy.
@@ -36,6 +37,7 @@ class Setting:
     backend: str
     limit: float
     ranks: int = RANKS
+    table: Table = BACKEND
 
 
 class LaunchFailedError(Exception):
@@ -69,12 +71,13 @@ class _Launch:
     def run(self) -> dict[str, Outcome]:
         setting, folder = self._setting, self._folder
         job: dict[str, Any] = {"backend": setting.backend, "ranks": setting.ranks}
-        job.update(limit=setting.limit, tests=list(self._tests))
+        job.update(limit=setting.limit, tests=list(self._tests), table=setting.table.name)
         (folder / "job.json").write_text(json.dumps(job))
         command = mpirun_command(setting.python, setting.ranks)
         command += [setting.python, "-m", "conformance.rank", str(folder)]
         environment = launch_environment()
         environment["PYTHONPATH"] = f"{ROOT / 'tests'}:{environment['PYTHONPATH']}"
+        environment["PYTORCH_PRINT_REPRO_ON_FAILURE"] = "0"  # it is not run by torch's command
         with (folder / "output").open("w") as output:
             streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
             with started(command, env=environment, **streams) as process:

@@ -10,14 +10,14 @@ from typing import Any
 from conformance.compare import differences
 from conformance.outcomes import FAILED, PASSED, SKIPPED
 from conformance.stored import COLUMNS, GLOO, Outcomes, count
+from conformance.tables import Table
 from support.launch import ROOT
 
 PAGE = ROOT / "docs" / "conformance.md"
-_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def tables(made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
-    """All of the page that depends on the results."""
+def section(table: Table, made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
+    """All of the page that depends on the results of a table."""
     known = [name for name in COLUMNS if name in columns]
     with_words = ", ".join(f"{what} {version}" for what, version in made_with.items())
     counts = [
@@ -28,7 +28,7 @@ def tables(made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
         f"With {with_words}:",
         _table(["backend", "passed", "failed", "skipped"], counts),
         "### Every difference from gloo",
-        _differences(columns),
+        _differences(columns, table.reasons),
         "### What fails with both",
         _both_fail(columns),
         "### What is skipped with gloo",
@@ -37,22 +37,25 @@ def tables(made_with: dict[str, Any], columns: dict[str, Outcomes]) -> str:
     return "\n\n".join(parts)
 
 
-def put_in(text: str, made: str) -> str:
-    """The page with these tables in the place of those that it has."""
-    before, rest = text.split(_BEGIN)
-    _, after = rest.split(_END)
-    return f"{before}{_BEGIN}\n\n{made}\n\n{_END}{after}"
+def put_in(text: str, table: Table, made: str) -> str:
+    """The page with this section in the place of the one that it has."""
+    begin, end = f"<!-- {table.mark}: begin -->", f"<!-- {table.mark}: end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
-def write(made_with: dict[str, Any], columns: dict[str, Outcomes], page: Path = PAGE) -> None:
+def write(
+    table: Table, made_with: dict[str, Any], columns: dict[str, Outcomes], page: Path = PAGE
+) -> None:
     """Bring the page up to date."""
-    page.write_text(put_in(page.read_text(), tables(made_with, columns)))
+    page.write_text(put_in(page.read_text(), table, section(table, made_with, columns)))
 
 
-def _differences(columns: dict[str, Outcomes]) -> str:
+def _differences(columns: dict[str, Outcomes], reasons: dict[str, str]) -> str:
     """A row for all tests with one reason, in the same columns."""
     columns_of: dict[tuple[str, str, str, str], list[str]] = {}
-    for each in differences(columns):
+    for each in differences(columns, reasons):
         key = each.reason, each.gloos, each.ours, each.name
         columns_of.setdefault(key, []).append(each.column)
     rows: dict[tuple[str, str, str, str], list[str]] = {}

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome
 from conformance.suite import Suite
+from conformance.tables import TABLES
 from mpizero.world.launcher import read_launch
 
 _POLL_SECONDS = 0.005
@@ -45,7 +46,7 @@ class Rank:
         self._folder, self._rank = folder, rank
         self._backend, self._ranks = job["backend"], job["ranks"]
         self._limit, self._tests = job["limit"], job["tests"]
-        self._suite = Suite(self._backend, self._ranks)
+        self._suite = Suite(self._backend, self._ranks, TABLES[job["table"]])
 
     def run(self) -> None:
         """Run all tests, or as far as they go."""
@@ -78,7 +79,8 @@ class Rank:
             self._start_group(number, name)
             self._suite.wait_for_all(self._ranks, self._limit)
             self._suite.seed()
-            skipped = self._call(self._suite.case(name, self._rank), name)
+            with self._suite.changed():
+                skipped = self._call(self._suite.case(name, self._rank), name)
             self._suite.wait_for_all(self._ranks, self._limit)
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -1,8 +1,9 @@
 """Run torch's test suite for distributed backends with "mpizero", with gloo, or with both.
 
-    python tests/conformance/run.py [--backend both] [--only NAME] [--json FILE] [--write]
+    python tests/conformance/run.py [--table T] [--backend B] [--only NAME] [--json FILE] [--write]
 
 Under the MPI that belongs to this Python, on 3 ranks; what asks for 4 ranks is run again on 4.
+``--table ddp``: the tests that make a DistributedDataParallel, with ours in the place of torch's.
 ``--write`` keeps the results, and brings the tables of docs/conformance.md up to date. Ends with 1
 if a test that gloo passes does not pass, and ``reasons.py`` does not say why.
 """
@@ -23,6 +24,7 @@ from conformance import compare, page, stored  # noqa: E402
 from conformance.launches import RANKS, Report, Setting, run_tests  # noqa: E402
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome  # noqa: E402
 from conformance.suite import Suite  # noqa: E402
+from conformance.tables import TABLES  # noqa: E402
 from support.launch import find_mpirun, is_openmpi  # noqa: E402
 
 _VERDICTS = (PASSED, FAILED, SKIPPED)
@@ -32,21 +34,24 @@ def main() -> int:
     """Run what was asked for."""
     options = _parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and the launch with it
-    names = Suite("gloo", RANKS).names()
+    table = TABLES[options.table]
+    names = Suite("gloo", RANKS, table).names()
     if options.only:
         names = [name for name in names if any(part in name for part in options.only)]
     ours = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH
-    _, columns = stored.read()
+    _, columns = stored.read(table.file)
     for column in (stored.GLOO, ours):
         backend = column.split()[0]
         if options.backend in (backend, "both"):
-            setting = Setting(sys.executable, backend, options.limit)
+            setting = Setting(sys.executable, backend, options.limit, table=table)
             found = run_tests(setting, names, _teller(backend, options.verbose))
             columns[column] = columns.get(column, {}) | found if options.only else found
             counts = ", ".join(f"{stored.count(found.values(), v)} {v}" for v in _VERDICTS)
             print(f"{column}: {counts}")
     made_with = {"torch": torch.__version__.split("+")[0]}
-    short = [d for d in compare.differences(columns) if d.falls_short and d.name in names]
+    short = [
+        d for d in compare.differences(columns, table.reasons) if d.falls_short and d.name in names
+    ]
     for each in short:
         known = "for a known reason" if each.reason else "and nobody knows why"
         print(f"{each.column}: {each.name} {each.ours}, gloo passes, {known}")
@@ -54,9 +59,9 @@ def main() -> int:
         chosen = {c: {n: o.as_json() for n, o in columns[c].items() if n in names} for c in columns}
         options.json.write_text(json.dumps(chosen, indent=1) + "\n")
     if options.write:
-        stored.write(made_with, columns)
-        page.write(*stored.read())
-        print("\n".join(compare.unexplained(columns)))
+        stored.write(made_with, columns, table.file)
+        page.write(table, *stored.read(table.file))
+        print("\n".join(compare.unexplained(columns, table.reasons)))
     return 0 if all(each.reason for each in short) else 1
 
 
@@ -73,6 +78,7 @@ def _teller(backend: str, verbose: bool) -> Report:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--table", choices=TABLES, default="backend")
     parser.add_argument("--backend", choices=("mpizero", "gloo", "both"), default="both")
     parser.add_argument("--only", action="append", metavar="NAME", help="a test, or part of a name")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a test may take")

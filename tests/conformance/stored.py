@@ -1,4 +1,4 @@
-"""Results that have been kept: ``results.json``, which the page is made from.
+"""Results that have been kept: a file for each table of the page, which is made from it.
 
 A column for each backend and MPI, by what has become of the tests. Reasons stand beside those that
 failed; those that are skipped are sorted by theirs.
@@ -14,15 +14,13 @@ from typing import Any
 
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome
 
-FILE = Path(__file__).with_name("results.json")
-
 GLOO, MPICH, OPENMPI = "gloo", "mpizero (MPICH)", "mpizero (Open MPI)"
 COLUMNS = (GLOO, MPICH, OPENMPI)
 
 Outcomes = dict[str, Outcome]
 
 
-def read(file: Path = FILE) -> tuple[dict[str, Any], dict[str, Outcomes]]:
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Outcomes]]:
     """What the tests were run with, and the outcomes of each column."""
     if not file.exists():
         return {}, {}
@@ -30,7 +28,7 @@ def read(file: Path = FILE) -> tuple[dict[str, Any], dict[str, Outcomes]]:
     return kept["with"], {name: _unfold(column) for name, column in kept["results"].items()}
 
 
-def write(made_with: dict[str, Any], columns: dict[str, Outcomes], file: Path = FILE) -> None:
+def write(made_with: dict[str, Any], columns: dict[str, Outcomes], file: Path) -> None:
     """Keep them."""
     results = {name: _fold(columns[name]) for name in COLUMNS if name in columns}
     file.write_text(json.dumps({"with": made_with, "results": results}, indent=1) + "\n")

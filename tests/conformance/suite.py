@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from torch.testing._internal.common_distributed import DistTestCases
 from torch.testing._internal.common_utils import set_rng_seed
+
+from conformance import ddp
+from conformance.tables import BACKEND, DDP, Table
 
 # Two decorators skip tests of groups on fewer than 8 ranks or an odd number, unless the backend is
 # MPI. The tests themselves do with fewer: they are run, with gloo too.
@@ -40,15 +44,17 @@ class _Name(str):
 
 
 class Suite:
-    """The tests, for one backend and number of ranks."""
+    """The tests of a table, for one backend and number of ranks."""
 
-    def __init__(self, backend: str, ranks: int) -> None:
+    def __init__(self, backend: str, ranks: int, table: Table = BACKEND) -> None:
+        self._backend, self._ranks, self._of_ddp = backend, ranks, table is DDP
         name = backend if backend == "gloo" else _Name(backend)
         DistTestCases.backend_feature["plugin"].add(backend)
         os.environ.update(WORLD_SIZE=str(ranks), BACKEND=_RUNS_ON_FEW_RANKS)
         os.environ.update(TEMP_DIR=_ANY_FOLDER, INIT_METHOD=_ANY_STORE)
         # The suite reads its backend's name there, once; the real environment keeps no objects.
-        with patch.object(os, "environ", {**os.environ, "BACKEND": name}):
+        decorators = ddp.without_gpus(ranks) if self._of_ddp else nullcontext()
+        with patch.object(os, "environ", {**os.environ, "BACKEND": name}), decorators:
             suite: Any = importlib.import_module(
                 "torch.testing._internal.distributed.distributed_test"
             )
@@ -65,8 +71,22 @@ class Suite:
 
     def names(self) -> list[str]:
         """All tests, in the order in which they stand in the suite."""
-        own = vars(self._suite.DistributedTest._DistTestBase)
-        return [name for name in own if name.startswith("test_")]
+        base = self._suite.DistributedTest._DistTestBase
+        tests = {name: test for name, test in vars(base).items() if name.startswith("test_")}
+        module = vars(self._suite)
+        return [
+            name
+            for name, test in tests.items()
+            if not self._of_ddp or ddp.is_about_ddp(test, base, module)
+        ]
+
+    def changed(self) -> AbstractContextManager[None]:
+        """The context in which tests are to be run."""
+        if not self._of_ddp:
+            return nullcontext()
+        package = "mpizero_torch" if self._backend == "mpizero" else "torch.nn.parallel"
+        wrapper = importlib.import_module(package).DistributedDataParallel
+        return ddp.replaced(self._suite, wrapper, self._ranks)
 
     def case(self, name: str, rank: int) -> Any:
         """A test as the suite's own processes have it: ``case.NAME()`` runs its body."""
@@ -83,6 +103,8 @@ class Suite:
 
     def prepare(self, folder: Path) -> None:
         """Give the next test its files: those of its barriers and of a store."""
+        os.environ.pop("TORCH_DISTRIBUTED_DEBUG", None)  # a test before may have left its level
+        self._suite.dist.set_debug_level(self._suite.dist.DebugLevel.OFF)
         for part in ("barrier", "test_dir", "init_dir"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         os.environ["TEMP_DIR"] = str(folder)
