@@ -184,19 +184,20 @@ def test_a_child_of_a_fork_holds_nothing(tmp_path: Path) -> None:
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(go[1])
         job = checkpoint.Save(tmp_path / "c", mpizero.init(), [], {})
         job.prepare()
         if os.fork() == 0:
             os.write(ready[1], b"x")
-            os.read(go[0], 1)
+            os.read(go[0], 1)  # until the test is over
             os._exit(0)
         os.read(ready[0], 1)
-        os.write(ready[1], b"y")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert len(notes.leftovers(tmp_path)) == 1
-    folder.tidy(tmp_path)
-    assert names(tmp_path) == []
-    os.write(go[1], b"x")
-    for end in (*ready, *go):
-        os.close(end)
+    try:
+        assert len(notes.leftovers(tmp_path)) == 1
+        folder.tidy(tmp_path)
+        assert names(tmp_path) == []
+    finally:
+        for end in (*ready, *go):
+            os.close(end)
