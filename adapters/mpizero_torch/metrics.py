@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import math
 from typing import Any
 
 import torch
 
-from mpizero import ArgumentError, World
+from mpizero import ArgumentError, MismatchError, World
 from mpizero_torch import batch_weight
 from mpizero_torch.runtime import init
+from mpizero_torch.weighed_batches import stripped
 
 Value = Any  # a number, a tensor, or a dict of numbers
 
@@ -19,12 +21,33 @@ def mean(value: Value, weight: float | None = None, *, world: World | None = Non
 
     ``value``: a number or one-element tensor (returns a float), a tensor (returns a new float64
     tensor of its shape), or a dict of numbers (returns a dict, with one message for all). Each rank
-    counts with ``weight``: by default the batch at hand as ``mz.shard`` dealt it, so that a short
-    last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are zero.
+    counts with ``weight``: by default what the batch counts that a tensor was computed from, as
+    ``mz.shard`` dealt it, or for a mere number the batch at hand of the loop that is open; so a
+    short last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are
+    zero. Raises ArgumentError where it cannot be known, as with numbers in several loops at once.
     """
-    own = batch_weight.current().value if weight is None else float(weight)
+    refusal: ArgumentError | None = None
+    try:
+        own = _own_weight(value, weight)
+    except ArgumentError as error:
+        refusal, own = error, builtins.float("nan")
     total = _reduce(_weighted(value, own), own, world)
+    if refusal is not None:
+        raise refusal
+    if total[-1].isnan():
+        theirs = MismatchError("mean(): another rank cannot tell what its value counts; see there.")
+        theirs.reported_elsewhere = True
+        raise theirs
     return _rebuild(value, total[:-1] / total[-1])
+
+
+def _own_weight(value: Value, weight: float | None) -> float:
+    if weight is None:
+        return batch_weight.of_value(value)
+    given = builtins.float(weight)
+    if not (math.isfinite(given) and given >= 0):
+        raise ArgumentError("mean()", "weight", str(given), "a finite number >= 0")
+    return given
 
 
 def sum(value: Value, *, world: World | None = None) -> Any:
@@ -54,6 +77,7 @@ def _flatten(value: Value) -> torch.Tensor:
         if any(part.numel() != 1 for part in parts):
             raise ArgumentError("mean()", "value", "a dict with arrays", "a dict of numbers")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    value = stripped(value)
     dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
     tensor = torch.as_tensor(value, dtype=dtype).detach()
     return tensor.to(device="cpu", dtype=torch.float64, copy=True).reshape(-1)
