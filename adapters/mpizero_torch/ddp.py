@@ -9,7 +9,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec
-from mpizero_torch import batch_weight, slices, tensors
+from mpizero_torch import slices, tensors
 from mpizero_torch.replica_hooks import ReplicaHooks
 from mpizero_torch.replicate import Buffers, start_alike
 from mpizero_torch.runtime import init
@@ -101,7 +101,7 @@ class DistributedDataParallel(DistributedModule):
             self._hooks = ReplicaHooks(
                 self, trainable, lambda fill: self._make_reducer(trainable, fill)
             )
-        if self._stated is not None or batch_weight.current().value != 1.0:
+        if self._stated is not None or self._weight.value != 1.0:
             self._hooks.scale_gradients()
 
     def _make_reducer(

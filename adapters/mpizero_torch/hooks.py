@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from mpizero import ArgumentError, MpizeroError, World
 from mpizero.diagnostics import recorder
 from mpizero.engine import ReducedPasses, Weight
-from mpizero_torch import batch_weight
 from mpizero_torch.replicate import Buffers
 
 
@@ -30,6 +29,7 @@ class Owner(Protocol):
     world: World
     _synchronise: bool
     _stated: Weight | None
+    _weight: Weight
     _buffers_in_sync: Buffers | None
 
     def _check_pass(self) -> None:
@@ -168,7 +168,10 @@ class BackwardHooks(ABC):
         self._span = recorder().begin_span("backward")
         # The engine's own way to run something at the end of backward; torch's DDP uses it too.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        self._weight = batch_weight.current(self._owner._stated)
+        self._weight = self._owner._weight
+        stated = self._owner._stated
+        if stated is not None and not self._weight.stated:
+            self._weight = stated if self._weight.value > 0 else Weight(0.0, stated=True)
         if self._weight.value != 1.0 and not self._scales:
             raise ArgumentError(
                 "backward()",
@@ -195,7 +198,6 @@ class BackwardHooks(ABC):
     def _average(self) -> None:
         self._in_backward = False
         self._owner._stated = None
-        batch_weight.state(None)
         if not self._reducer.is_open:
             return
         self.steps += 1

@@ -109,7 +109,7 @@ class WeighedTensor(torch.Tensor):
     mark: Mark
 
     @classmethod
-    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

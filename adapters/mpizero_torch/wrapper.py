@@ -28,6 +28,7 @@ class DistributedModule(nn.Module):
         self.module = module
         self._synchronise = True
         self._stated: Weight | None = None
+        self._weight = Weight()  # of what the last forward was fed with
         self._hooks: BackwardHooks | None = None
         self._named: list[tuple[str, nn.Parameter]] = []
         self._were_trainable: list[bool] = []
@@ -41,15 +42,16 @@ class DistributedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
+        self._weight, (args, kwargs) = batch_weight.fed((args, kwargs), self._stated)
         if torch.is_grad_enabled() and self.training:
             self._watch_parameters()
             if self._hooks is not None:
                 self._hooks.check_last_pass()
-        with recorder().span("forward"):
+        with recorder().span("forward"), batch_weight.under_way(self._weight):
             output = self.module(*args, **kwargs)
         if self._hooks is not None and torch.is_grad_enabled():
             self._hooks.watch_output(output)
-        return output
+        return batch_weight.fed_on(output)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -88,7 +90,6 @@ class DistributedModule(nn.Module):
         non-finite weights.
         """
         self._stated = Weight(float(weight), stated=True)
-        batch_weight.state(self._stated)
         self._watch_parameters()
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError
 from mpizero.engine import COMMON, SHARDED, GradientSharder, ShardGroup
-from mpizero_torch import batch_weight, slices
+from mpizero_torch import slices
 from mpizero_torch.replicate import Buffers
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -268,7 +268,7 @@ class ShardedModule(DistributedModule):
                 ],
                 announcing,
             )
-        if self._stated is not None or batch_weight.current().value != 1.0:
+        if self._stated is not None or self._weight.value != 1.0:
             self._hooks.scale_gradients()
 
     def _find_units(self) -> tuple[list[Unit], list[int]]:
