@@ -141,10 +141,13 @@ def under_way(weight: Weight) -> Iterator[None]:
     _pass.weight = weight
     checked = not weight.stated and not isinstance(weight, _Unknown)
     following.pass_weight = weight.value if checked else None
+    mark = None
     try:
         yield
+        mark = before[1]
     finally:
-        _pass.weight, _pass.mark, following.pass_weight = before
+        _pass.weight, following.pass_weight = before[0], before[2]
+        _pass.mark = mark  # not that of a forward that has failed: nobody would forget it
 
 
 def of_pass() -> float:
@@ -210,7 +213,7 @@ def doubt() -> str | None:
     mark = found[0]
     return (
         f"without a weight, while content of a batch that {weighs(mark)} has gone where it cannot "
-        f"be followed, by {mark.escaped}: this may be it, or it may not"
+        f"be followed ({mark.escaped}): this may be it, or it may not"
     )
 
 

@@ -34,16 +34,16 @@ def marked(batch: Any, mark: Mark) -> Any:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is torch.Tensor or isinstance(tensor, WeighedTensor):
             return wrapped(tensor, mark)
-        mark.escape(f"a {type(tensor).__name__} in the batch", for_good=True)
+        mark.escape(_what(tensor), for_good=True)
         return tensor
 
     rebuilding = _Rebuilding(batch, change)
     for each in rebuilding.others:
         if each is not None:
             number = isinstance(each, int | float | complex)
-            mark.escape(f"a {type(each).__name__} in the batch", not number, holder=each)
+            mark.escape(_what(each), not number, holder=each)
     for each in rebuilding.unchanged:
-        mark.escape(f"a {type(each).__name__} in the batch", for_good=True)
+        mark.escape(_what(each), for_good=True)
     return rebuilding.result
 
 
@@ -77,6 +77,10 @@ def marks_in(values: Any) -> list[Mark]:
 
     _Rebuilding(values, look)
     return [*found.values()]
+
+
+def _what(value: Any) -> str:
+    return f"{type(value).__name__} in the batch"
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,11 @@ class WeighedTensor(torch.Tensor):
         found: torch.Tensor = memo[id(self)]
         return found
 
+    def as_subclass(self, cls: Any) -> Any:
+        """Of another class, which passes nothing on."""
+        self.mark.escape("as_subclass()", for_good=True)
+        return super().as_subclass(cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain tensor: weights have no meaning in another process, or another day."""
         self.mark.escape("pickle", for_good=True)
@@ -141,7 +146,7 @@ def bare(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, and place in the graph, as a plain tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         if tensor.requires_grad:
-            return tensor.as_subclass(torch.Tensor)
+            return torch.Tensor.as_subclass(tensor, torch.Tensor)
         return tensor.detach()
 
 
@@ -172,7 +177,8 @@ def _mark(tensor: torch.Tensor) -> Mark:
 
 def _call(function: Any, types: Any, args: Any, kwargs: Any) -> Any:
     name = _name(function)
-    if name in _QUESTIONS or (name.startswith("is_") and name != "is_nonzero"):
+    asked = name.removeprefix(".")
+    if asked in _QUESTIONS or (asked.startswith("is_") and asked != "is_nonzero"):
         with torch._C.DisableTorchFunctionSubclass():
             answer = function(*args, **kwargs)
         if not isinstance(answer, torch.Tensor) or isinstance(answer, WeighedTensor):
@@ -226,7 +232,7 @@ def _note_writing(
         if own is mark or not _was_written(each, before, name, each is tensors[0]):
             continue
         if own is None:
-            mark.escape(f"{name}()", for_good=not _is_number(marked))
+            mark.escape(_called(name), for_good=not _is_number(marked))
         elif name == "copy_":  # nothing of what it was is left
             each.mark = next(m for m in map(mark_of, tensors[1:]) if m)  # type: ignore[attr-defined]
         else:
@@ -234,7 +240,7 @@ def _note_writing(
 
 
 def _was_written(tensor: torch.Tensor, before: int | None, name: str, is_first: bool) -> bool:
-    if name == "data":  # being set: its getter gives what is new
+    if name == ".data":  # being set: its getter gives what is new
         return is_first
     if before is None:  # an inference tensor, which does not count
         return is_first and name.endswith("_")
@@ -252,19 +258,21 @@ def _results(
     if isinstance(result, torch.Tensor):
         if isinstance(result, WeighedTensor) or id(result) in known:
             return result
-        if type(result) is torch.Tensor and name != "as_subclass":
+        if type(result) is torch.Tensor:
             # torch's own, which others may know: a gradient, the base of a view.
-            kept = name in ("grad", "_grad", "_base")
+            kept = name in (".grad", "._grad", "._base")
             return wrapped(result, mark) if kept else _become(result, mark)
-        mark.escape(f"{name}()", for_good=True)
+        mark.escape(_called(name), for_good=True)
     elif isinstance(result, tuple | list | dict) and not isinstance(result, _HARMLESS):
         for each in result.values() if isinstance(result, dict) else result:
-            _results(each, name, mark, marked, known)
+            if isinstance(each, torch.Tensor | tuple | list | dict):
+                _results(each, name, mark, marked, known)
+            elif not isinstance(each, _HARMLESS):
+                mark.escape(_called(name), for_good=not _is_number(marked))
     elif not isinstance(result, _HARMLESS):
-        number = isinstance(result, int | float | complex)
-        small = name in ("numpy", "tolist", "__array__") and _is_number(marked)
-        for_good = name in _ADDRESSES or not (number or small)
-        mark.escape(f"{name}()", for_good, holder=result)
+        number = isinstance(result, int | float | complex) and name != "data_ptr"
+        small = name in ("numpy", "__array__") and _is_number(marked)
+        mark.escape(_called(name), for_good=not (number or small), holder=result)
     return result
 
 
@@ -299,12 +307,17 @@ def _stripped(value: Any) -> Any:
 
 
 def _name(function: Any) -> str:
+    """A function's name; an attribute's with a dot in front."""
     name = getattr(function, "__name__", "") or type(function).__name__
     if name in ("__get__", "__set__"):
         attribute = getattr(function, "__self__", None)
         attribute = getattr(attribute, "fget", attribute)
-        name = getattr(attribute, "__name__", name)
+        name = f".{getattr(attribute, '__name__', name)}"
     return str(name)
+
+
+def _called(name: str) -> str:
+    return name if name.startswith(".") else f"{name}()"
 
 
 # Answers that hold no content, as all that begin with ``is_`` but one: what is asked about the form
@@ -320,5 +333,4 @@ _QUESTIONS = frozenset([
     "size", "sparse_dim", "storage_offset", "stride", "type",
 ])
 # fmt: on
-_ADDRESSES = ("data_ptr", "__cuda_array_interface__")
 _HARMLESS = (type(None), str, torch.Size, torch.dtype, torch.device, torch.layout)
