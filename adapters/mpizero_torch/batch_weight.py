@@ -32,14 +32,18 @@ _REMEDY = (
 class Loop:
     """A loop over what a loader hands out: open from its first batch to its end.
 
-    ``uneven``: some of its batches may weigh other than 1. Then all carry their weight, so that
-    what is mixed of several is not taken for one of them.
+    ``uneven``: some of its batches may weigh other than 1. As long as there is such a loop, or one
+    of its batches, all batches carry their weight, those of other loops too: so what is mixed of
+    several is not taken for one of them.
     """
 
     def __init__(self, outlet: Outlet, uneven: bool) -> None:
         self.weight = 1.0  # of the batch at hand
         self.mark: Mark | None = None
-        self._outlet, self._uneven = outlet, uneven
+        self._outlet = outlet
+        if uneven:
+            with _lock:
+                _uneven.add(self)
 
     @property
     def outlet(self) -> Outlet:
@@ -51,7 +55,7 @@ class Loop:
         self.weight, self.mark = weight, None
         with _lock:
             _open.add(self)
-        if weight != 1.0 or self._uneven or doubtful:
+        if weight != 1.0 or _uneven or live:
             self.mark = Mark(weight, self._outlet)
             return marked(batch, self.mark)
         return batch
@@ -61,9 +65,11 @@ class Loop:
         self.weight, self.mark = 1.0, None
         with _lock:
             _open.discard(self)
+            _uneven.discard(self)
 
 
 _open: weakref.WeakSet[Loop] = weakref.WeakSet()
+_uneven: weakref.WeakSet[Loop] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
