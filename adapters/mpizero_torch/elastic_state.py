@@ -176,7 +176,7 @@ class ElasticState:
 
     def _keep_global_batch(self) -> None:
         loader = self._built.get("loader")
-        if isinstance(loader, ShardedLoader):
+        if isinstance(loader, ShardedLoader) and loader.global_batch_size is not None:
             if self._global_batch is None:
                 self.__dict__["_global_batch"] = loader.global_batch_size
             loader.global_batch_size = self._global_batch

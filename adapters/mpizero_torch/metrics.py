@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from mpizero import ArgumentError, World
 from mpizero_torch import batch_weight
 from mpizero_torch.runtime import init
+from mpizero_torch.weighed_batches import stripped
 
 Value = Any  # a number, a tensor, or a dict of numbers
 
@@ -19,11 +22,22 @@ def mean(value: Value, weight: float | None = None, *, world: World | None = Non
 
     ``value``: a number or one-element tensor (returns a float), a tensor (returns a new float64
     tensor of its shape), or a dict of numbers (returns a dict, with one message for all). Each rank
-    counts with ``weight``: by default the batch at hand as ``mz.shard`` dealt it, so that a short
-    last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are zero.
+    counts with ``weight``: by default what the batch counts that a tensor was computed from, as
+    ``mz.shard`` dealt it, or for a mere number the batch at hand of the loop that is open; so a
+    short last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are
+    zero. Raises ArgumentError where it cannot be known, as with numbers in several loops at once.
     """
-    total = _reduce(value, batch_weight.current().value if weight is None else weight, world)
+    total = _reduce(value, lambda: _own_weight(value, weight), world)
     return _rebuild(value, total[:-1] / total[-1])
+
+
+def _own_weight(value: Value, weight: float | None) -> float:
+    if weight is None:
+        return batch_weight.of_value(value)
+    given = builtins.float(weight)
+    if not (math.isfinite(given) and given >= 0):
+        raise ArgumentError("mean()", "weight", str(given), "a finite number >= 0")
+    return given
 
 
 def sum(value: Value, *, world: World | None = None) -> Any:
@@ -32,7 +46,7 @@ def sum(value: Value, *, world: World | None = None) -> Any:
     Takes and returns what ``mean`` does; integer numbers come back as int. Collective. The filler
     batch of an idle rank counts like any other: give 0 for it, or use ``mean``.
     """
-    total = _reduce(value, 1.0, world)
+    total = _reduce(value, lambda: 1.0, world)
     return _rebuild(value, total[:-1], integers=True)
 
 
@@ -41,12 +55,13 @@ def _weighted(value: Value, weight: float) -> torch.Tensor:
     return numbers * weight if weight else torch.zeros_like(numbers)  # 0 x NaN is NaN
 
 
-def _reduce(value: Value, weight: float, world: World | None) -> torch.Tensor:
+def _reduce(value: Value, weigh: Callable[[], float], world: World | None) -> torch.Tensor:
     """The sums over the ranks of the weighted numbers, and of the weights."""
     world = world if world is not None else init()
     with world.telling():
-        numbers = _weighted(value, float(weight))
-        message = torch.cat([numbers, torch.tensor([float(weight)], dtype=torch.float64)])
+        weight = weigh()
+        numbers = _weighted(value, weight)
+        message = torch.cat([numbers, torch.tensor([weight], dtype=torch.float64)])
     world.allreduce(message)
     return message
 
@@ -57,6 +72,7 @@ def _flatten(value: Value) -> torch.Tensor:
         if any(part.numel() != 1 for part in parts):
             raise ArgumentError("mean()", "value", "a dict with arrays", "a dict of numbers")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    value = stripped(value)
     dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
     tensor = torch.as_tensor(value, dtype=dtype).detach()
     return tensor.to(device="cpu", dtype=torch.float64, copy=True).reshape(-1)

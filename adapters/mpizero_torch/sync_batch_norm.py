@@ -10,6 +10,7 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero_torch import batch_weight
 from mpizero_torch.runtime import init
+from mpizero_torch.weighed_batches import stripped
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -18,7 +19,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     Input: (N, C, ...), any number of further axes; N may differ between ranks. What it computes
     on n ranks is what ``BatchNorm`` computes in one process on the concatenated batch, gradients
     included. Collective in training. A rank whose batch weighs nothing (see ``shard``) is
-    normalised with the others' statistics and does not contribute to them.
+    normalised with the others' statistics and does not contribute to them. What the batch weighs
+    must be known in the forward: ``weigh()`` comes before it.
     """
 
     def __init__(
@@ -26,6 +28,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> None:
         super().__init__(num_features, *args, **kw)
         self.world = world if world is not None else init()
+        self._weights: set[float] = set()  # of the inputs that a backward may compute again
+        self._computed_again = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         use_batch = self.training or self.running_mean is None
@@ -33,16 +37,34 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         count = input.numel() // input.shape[1]
-        counted = float(count) if batch_weight.of_pass() > 0 else 0.0
-        normalised, mean, variance, total = _Normalise.apply(  # type: ignore[no-untyped-call]
-            input, self.eps, self.world, counted
+        own, x = self._weighed(input)
+        result, mean, variance, total = _Normalise.apply(  # type: ignore[no-untyped-call]
+            x, self.eps, self.world, float(count) if own > 0 else 0.0, own
         )
         self._track(mean, variance, float(total))
-        if not self.affine:
-            return normalised  # type: ignore[no-any-return]
-        shape = (1, -1, *[1] * (input.ndim - 2))
-        weighted = normalised * self.weight.view(shape).to(normalised.dtype)
-        return weighted + self.bias.view(shape).to(normalised.dtype)  # type: ignore[no-any-return]
+        if self.affine:
+            shape = (1, -1, *[1] * (input.ndim - 2))
+            result = result * self.weight.view(shape).to(result.dtype)
+            result = result + self.bias.view(shape).to(result.dtype)
+        return batch_weight.fed_on(result)  # type: ignore[no-any-return]
+
+    def _weighed(self, input: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """What the input weighs; in a backward that computes it again, what it did before."""
+        if torch._C._current_graph_task_id() == -1:
+            if self._computed_again:
+                self._weights.clear()
+                self._computed_again = False
+            own, x = batch_weight.of_input(input)
+            self._weights.add(own)
+            return own, x
+        self._computed_again = True
+        if len(self._weights) > 1:
+            raise ArgumentError(
+                "SyncBatchNorm()", "input", "computed again by checkpointing, after forwards of "
+                f"batches that weigh {', '.join(f'{each:g}' for each in self._weights)}",
+                "one batch, or batches of one weight, in front of a backward",
+            )  # fmt: skip
+        return next(iter(self._weights), 1.0), stripped(input)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, total: float) -> None:
@@ -100,7 +122,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, eps: float, world: World, count: float
+        ctx: Any, x: torch.Tensor, eps: float, world: World, count: float, own: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = _wide(x.dtype)
         axes = [axis for axis in range(x.ndim) if axis != 1]
@@ -110,7 +132,7 @@ class _Normalise(torch.autograd.Function):
         normalised = (x.to(wide) - mean.view(shape)) * scale.view(shape)
         ctx.save_for_backward(normalised, scale)
         ctx.world, ctx.axes, ctx.shape = world, axes, shape
-        ctx.total = float(total)
+        ctx.total, ctx.own = float(total), own
         ctx.mark_non_differentiable(mean, variance, total)
         return normalised.to(x.dtype), mean, variance, total
 
@@ -121,13 +143,13 @@ class _Normalise(torch.autograd.Function):
         # The mean and the variance are shared by all ranks, so their part of the gradient is a
         # sum over ranks, in which each counts as its loss counts in the global one.
         sums = torch.stack([wide.sum(ctx.axes), (wide * normalised).sum(ctx.axes)])
-        own = batch_weight.of_pass()
+        own = ctx.own
         sums = sums * own if own else torch.zeros_like(sums)
         ctx.world.allreduce(sums)
         sums /= (own or 1.0) * max(ctx.total, 1.0)
         through_mean, through_scale = sums[0].view(ctx.shape), sums[1].view(ctx.shape)
         result = (wide - through_mean - normalised * through_scale) * scale.view(ctx.shape)
-        return result.to(gradient.dtype), None, None, None
+        return result.to(gradient.dtype), None, None, None, None
 
 
 def _statistics(

@@ -67,7 +67,7 @@ class DistributedModule(nn.Module):
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
             counted = float(weight.value > 0) if weight.stated else weight.value
             self._hooks.watch_output(output, counted)
-        return output
+        return batch_weight.fed_on(output)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

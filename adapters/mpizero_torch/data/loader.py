@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler, get_worker_info
+from torch.utils.data import DataLoader, RandomSampler
 
 from mpizero import ArgumentError, World
-from mpizero.sampling import Batch, ShardedBatches
-from mpizero_torch import batch_weight
+from mpizero.sampling import ShardedBatches, Share
+from mpizero_torch.batch_weight import Loop
+from mpizero_torch.data.plans import FollowedBatches, FollowedSamples, Plan, SeededPlan
 from mpizero_torch.data.position import Position
-from mpizero_torch.data.sampler import is_plain
-from mpizero_torch.data.workers import fork_server
-from mpizero_torch.random_state import derive, seed_all
+from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
+from mpizero_torch.data.sampler import is_plain, refuse_dealt
+from mpizero_torch.random_state import derive
+from mpizero_torch.weighed_tensor import Outlet
 
 
 class ShardedLoader:
     """This rank's batches of a DataLoader over a map-style dataset; see ``shard``.
 
-    ``state_dict()`` is the position in the data, in samples of the epoch over all ranks: another
-    number of ranks can go on from there, and each sample is still seen once. What a dataset draws
-    at random in worker processes follows from seed, epoch, step and rank alone.
+    ``state_dict()`` is the position in the data, over all ranks: another number of ranks can go on
+    from there, and each sample is still seen once. What a dataset draws at random in worker
+    processes follows from seed, epoch, step and rank alone. What a DataLoader can be asked for
+    (``batch_size``, ``num_workers``, ``collate_fn``, ...) is answered as by the one it was made of.
     """
 
     def __init__(
@@ -35,47 +37,53 @@ class ShardedLoader:
         seed: int,
         speeds: Sequence[float] | None,
     ) -> None:
-        if not isinstance(loader.dataset, Sized):
-            raise ArgumentError("shard()", "source", "a dataset without a length", "one with it")
         self.dataset: Any = loader.dataset
         self.world = world
+        self._given, self._seed = loader, seed
+        self._plan = _plan_of(loader, world, shuffle, seed, speeds)
         self._position = Position()
-        self._own_sampler = None if is_plain(loader.sampler) else loader.sampler
-        self._order: list[int] | None = None  # of the epoch under way, as the own sampler drew it
-        count = len(self.dataset if self._own_sampler is None else loader.sampler)  # type: ignore[arg-type]
-        self._batches = ShardedBatches(
-            count,
-            loader.batch_size or 1,
-            world.rank,
-            world.size,
-            shuffle=isinstance(loader.sampler, RandomSampler) if shuffle is None else shuffle,
-            seed=seed,
-            drop_last=loader.drop_last,
-            speeds=speeds,
-        )
-        self._plan = _Plan()
+        self._outlet = Outlet()
+        self._weight = 1.0
         # A generator of our own: one less that begins an epoch with a draw from torch's global one.
         self._generator = torch.Generator() if loader.generator is None else None
-        self._loader = _with_batches(loader, self._plan, self._generator)
+        self._source = Source()
+        generator = self._generator or loader.generator
+        self._loader = loader_like(loader, generator, batch_sampler=self._source)
 
     def __len__(self) -> int:
         """Steps in a whole epoch: the same on every rank."""
-        return len(self._batches)
+        return len(self._plan)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ATTRIBUTES:
+            return getattr(self._given, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
 
     @property
-    def global_batch_size(self) -> int:
+    def weight(self) -> float:
+        """What the batch counts that was handed out last: 1 where all ranks have equally much."""
+        return self._weight
+
+    @property
+    def global_batch_size(self) -> int | None:
         """Samples of a step over all ranks: each rank's batch size times their number at first.
 
         May be set between two loops, to the same on all ranks: they share it out as evenly as can
-        be, and each batch's weight makes the mean gradient that over its samples.
+        be, and each batch's weight makes the mean gradient that over its samples. None where a
+        batch sampler decides.
         """
-        return self._batches.width
+        return self._plan.width
 
     @global_batch_size.setter
     def global_batch_size(self, samples: int) -> None:
+        if self._plan.width is None:
+            raise ArgumentError(
+                "ShardedLoader", "global_batch_size", f"{samples} for a loader with a batch "
+                "sampler", "what the batch sampler draws",
+            )  # fmt: skip
         if samples < 1:
             raise ArgumentError("ShardedLoader", "global_batch_size", str(samples), "1 or more")
-        self._batches.width = samples
+        self._plan.set_width(samples)
 
     @property
     def epoch(self) -> int:
@@ -83,12 +91,12 @@ class ShardedLoader:
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter()`` begin epoch number ``epoch``.
+        """Let the next ``iter()`` begin epoch number ``epoch``; a sampler of one's own is told.
 
         After ``load_state_dict`` in that very epoch, the loop goes on where it was.
         """
         if self._position.set_epoch(epoch):
-            self._order = None
+            self._plan.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop is: behind the batch that it was given last. The same on all ranks.
@@ -96,16 +104,9 @@ class ShardedLoader:
         Nothing of it depends on the number of ranks. A loop that was left by ``break`` is where it
         was left.
         """
-        batches = self._batches
-        return {
-            "epoch": self._position.epoch,
-            "samples": self._position.done,
-            "of": batches.count,
-            "shuffle": batches.shuffle,
-            "seed": batches.seed,
-            "order": None if self._order is None else np.asarray(self._order, np.int64),
-            "sampler": _generator_state(self._own_sampler),
-        }
+        plan = self._plan
+        where = {"epoch": self._position.epoch, plan.unit: self._position.done}
+        return {**where, **plan.data, **plan.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next ``iter()`` go on where ``state_dict()`` was asked for.
@@ -113,119 +114,114 @@ class ShardedLoader:
         Raises ArgumentError if within the epoch this loader would go on with other samples: if its
         data are more or fewer, or in another order.
         """
-        batches = self._batches
-        own = {"of": batches.count, "shuffle": batches.shuffle, "seed": batches.seed}
+        plan = self._plan
+        own = plan.data
         saved = {name: state.get(name) for name in own}
-        if state.get("samples") and own != saved:
+        if state.get("samples", state.get("batches")) and own != saved:
             raise ArgumentError(
                 "load()", "loader", f"one with {_listed(own)}", f"{_listed(saved)}, as was saved",
                 "Leave loader= out to begin with the data anew.",
             )  # fmt: skip
-        self._position.restore(state, "samples")
-        order = state.get("order")
-        if order is not None and np.shape(order) != (batches.count,):
-            raise ArgumentError("load()", "loader", f"an order of {np.size(order)} samples",
-                                f"one of {batches.count}")  # fmt: skip
-        self._order = None if order is None else [int(each) for each in order]
-        if state.get("sampler") is not None:
-            _generator_of(self._own_sampler).set_state(torch.as_tensor(state["sampler"]))
+        self._position.restore(state, plan.unit)
+        plan.restore(state)
 
     def __iter__(self) -> Iterator[Any]:
         self._position.begin()
-        epoch, skip = self._position.epoch, self._position.done
-        if self._own_sampler is not None and self._order is None:
-            everyone = self.world if self.world.mesh is None else self.world.mesh.world
-            with everyone.telling():
-                order = [int(index) for index in self._own_sampler]
-            self._order = everyone.broadcast_object(order)
-        batches = list(self._batches.epoch(epoch, self._order, skip))
-        self._plan.begin(batches, (self._batches.seed, epoch, self.world.rank))
+        epoch, done = self._position.epoch, self._position.done
+        steps, uneven = self._plan.begin(epoch, done)
+        rank = self.world.rank
+        self._source.next = reading = Reading(steps, (self._seed, epoch, rank))
         if self._generator is not None:
-            self._generator.manual_seed(derive(self._batches.seed, epoch, skip, self.world.rank))
-        return self._handed_out(iter(self._loader), batches, epoch)
+            self._generator.manual_seed(derive(self._seed, epoch, done, rank))
+        return _Batches(self, epoch, reading, iter(self._loader), Loop(self._outlet, uneven))
 
-    def _handed_out(
-        self, loaded: Iterator[Any], batches: Sequence[Batch], epoch: int
-    ) -> Iterator[Any]:
-        """Announce each batch's weight while it is at hand, and keep count."""
-        with batch_weight.loop():
-            for batch, data in zip(batches, loaded, strict=True):
-                batch_weight.set_relative(batch.weight)
-                self._position.advance(epoch, batch.stop)
-                yield data
+    def _take(self, epoch: int, reading: Reading) -> float:
+        """A batch is handed out: keep count of it."""
+        step = reading.take()
+        self._position.advance(epoch, step.stop)
+        self._plan.handed_out(step)
+        self._weight = step.weight
+        return step.weight
+
+    def _end(self, epoch: int) -> None:
+        """All of an epoch has been handed out, and its loop has ended."""
         self._position.finish(epoch)
-        self._order = None
+        self._plan.end_epoch()
 
 
-class _Plan(Sampler[list[int]]):
-    """The batch sampler of a sharded loader: what ``batches`` says, in its order."""
+class _Batches(Iterator[Any]):
+    """One loop over a ShardedLoader. No generator: that would have something to do at exit."""
 
-    def __init__(self) -> None:
-        self._batches: list[Batch] = []
-        self._seed: tuple[int, ...] = ()
+    def __init__(
+        self,
+        loader: ShardedLoader,
+        epoch: int,
+        reading: Reading,
+        loaded: Iterator[Any],
+        loop: Loop,
+    ) -> None:
+        self._loader, self._epoch = loader, epoch
+        self._reading, self._loop = reading, loop
+        self._loaded: Iterator[Any] | None = loaded
 
-    def begin(self, batches: list[Batch], seed: tuple[int, ...]) -> None:
-        self._batches, self._seed = batches, seed
+    def __next__(self) -> Any:
+        if self._loaded is None:
+            raise StopIteration
+        try:
+            batch = next(self._loaded)
+        except StopIteration:
+            self.close()
+            self._loader._end(self._epoch)
+            raise
+        except BaseException:
+            self._loop.end()  # the batch before is not at hand any more
+            raise
+        return self._loop.hand_out(batch, self._loader._take(self._epoch, self._reading))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._batches:
-            yield _Indices(batch.indices.tolist(), (*self._seed, batch.stop))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
-class _Indices(list[int]):
-    """A batch's samples. A worker that looks them up draws its random numbers from here on.
-
-    Otherwise what it drew would depend on how many batches it had before, and a run that is
-    resumed within an epoch would see other augmentations. In the training process the generators
-    are the training's, and are saved as such.
-    """
-
-    def __init__(self, indices: Iterable[int], seed: tuple[int, ...] = ()) -> None:
-        super().__init__(indices)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[int]:
-        if get_worker_info() is not None:
-            seed_all(derive(*self.seed))
-        return super().__iter__()
+    def close(self) -> None:
+        """End the loop where it is."""
+        self._loaded = None
+        self._loop.end()
 
 
-def _with_batches(
-    loader: DataLoader[Any], plan: Sampler[list[int]], generator: torch.Generator | None
-) -> DataLoader[Any]:
-    """A DataLoader like ``loader`` that loads the batches of ``plan``."""
-    options: dict[str, Any] = {
-        name: getattr(loader, name)
-        for name in (
-            "num_workers",
-            "pin_memory",
-            "timeout",
-            "worker_init_fn",
-            "collate_fn",
-            "persistent_workers",
-            "pin_memory_device",
+def _plan_of(
+    loader: DataLoader[Any],
+    world: World,
+    shuffle: bool | None,
+    seed: int,
+    speeds: Sequence[float] | None,
+) -> Plan:
+    rank, size = world.rank, world.size
+    refuse_dealt(loader.sampler)
+    refuse_dealt(loader.batch_sampler)
+    by_batches = loader.batch_size is None
+    if by_batches or not is_plain(loader.sampler):
+        what = "a batch sampler" if by_batches else f"a {type(loader.sampler).__name__}"
+        given = {"shuffle": shuffle, "speeds": speeds if by_batches else None}
+        for name, value in given.items():
+            if value is not None:
+                raise ArgumentError(
+                    "shard()", name, f"{value} beside {what}, which decides", "None"
+                )
+        if by_batches:
+            return FollowedBatches(loader.batch_sampler, world)
+        share = Share.of(rank, size, speeds, "shard()")
+        return FollowedSamples(
+            loader.sampler, world, share, loader.batch_size or 1, loader.drop_last
         )
-    }
-    if loader.num_workers > 0:
-        options["prefetch_factor"] = loader.prefetch_factor
-        options["multiprocessing_context"] = loader.multiprocessing_context or fork_server()
-    generator = generator or loader.generator
-    return DataLoader(loader.dataset, batch_sampler=plan, generator=generator, **options)
-
-
-def _generator_of(sampler: Any) -> Any:
-    found = getattr(sampler, "generator", None)
-    return found if isinstance(found, torch.Generator) else None
-
-
-def _generator_state(sampler: Any) -> Any:
-    """What a sampler with a generator of its own will draw next epoch."""
-    generator = _generator_of(sampler)
-    return None if generator is None else generator.get_state().numpy()
+    batches = ShardedBatches(
+        len(loader.sampler),  # type: ignore[arg-type]
+        loader.batch_size or 1,
+        rank,
+        size,
+        shuffle=isinstance(loader.sampler, RandomSampler) if shuffle is None else shuffle,
+        seed=seed,
+        drop_last=loader.drop_last,
+        speeds=speeds,
+    )
+    return SeededPlan(batches)
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return f"{values['of']} samples, shuffle={values['shuffle']}, seed={values['seed']}"
+    samples = "samples" if values.get("of") is None else f"{values['of']} samples"
+    return ", ".join([samples, *(f"{k}={v}" for k, v in values.items() if k != "of")])

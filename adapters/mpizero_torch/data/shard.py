@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from mpizero import ArgumentError, World
 from mpizero_torch.data.loader import ShardedLoader
@@ -24,7 +24,7 @@ def shard(
     *,
     batch_size: int | None = None,
     shuffle: bool | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     drop_last: bool | None = None,
     speeds: Sequence[float] | None = None,
     world: World | None = None,
@@ -35,52 +35,56 @@ def shard(
     ``source`` may be
 
     * a ``DataLoader``: an iterable like it comes back, whose batches have the loader's
-      ``batch_size`` on each rank. Its shuffling is kept (drawn anew each epoch from ``seed``),
-      and so are its workers, collate function and other settings. Other samplers are
-      followed as rank 0 draws them.
+      ``batch_size`` on each rank. Its shuffling is kept (drawn anew each epoch from ``seed``, 0 by
+      default), and so are its workers, collate function and other settings. Other samplers are
+      followed as rank 0 draws them, a global batch at a time, and batch samplers likewise: each
+      rank loads one of the batches that they draw in a step. (Then all ranks call ``shard``
+      together.)
     * a map-style dataset, with ``batch_size`` (1 by default), ``shuffle`` (True by default) and
-      further options of DataLoader.
+      further options of DataLoader. As for DataLoader that is whatever has a length and can be
+      indexed: a Hugging Face dataset, an array, a tensor or a list, too, whose elements are
+      samples. (For a list whose elements are batches: ``DataLoader(batches, batch_size=None)``.)
     * a ``Sampler``: a sampler of this rank's indices, for a DataLoader of one's own.
-    * an ``IterableDataset``, or any iterable of batches that is the same on all ranks: rank r
+    * an ``IterableDataset``, or any other iterable of batches that is the same on all ranks: rank r
       takes every size-th batch from the r-th on.
 
     ``speeds``, one positive number a rank, deals out larger batches to faster ranks. Each
-    ``iter()`` begins the next epoch; ``set_epoch`` says which. While a batch is at hand, its
-    weight is known to ``DistributedDataParallel``, ``SyncBatchNorm`` and ``mean``. A rank for
-    which nothing is left of the last batch gets a filler that counts nothing.
+    ``iter()`` begins the next epoch; ``set_epoch`` says which. A rank for which nothing is left of
+    the last batch gets a filler that counts nothing.
+
+    Batches carry what they weigh, where that may differ between the ranks: their tensors know it,
+    and what is computed from them; so ``DistributedDataParallel``, ``SyncBatchNorm`` and ``mean``
+    do. What has gone through numpy or Python's numbers does not: a model that may be fed with such
+    a batch refuses it, until its weight is stated: ``model.weigh(loader.weight)``.
 
     What comes back (but a sampler) goes to ``mz.save`` and ``mz.load`` as ``loader=``, and then
     goes on within the epoch where it was; ``epoch`` tells in which.
 
-    Raises ArgumentError for sources and options that it cannot shard.
+    Raises ArgumentError for sources that it cannot shard, and for options that the source does not
+    need.
     """
     world = world if world is not None else init()
+    given = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "drop_last": drop_last,
+             "speeds": speeds, **loader_options}  # fmt: skip
     if isinstance(source, Sampler):
-        _allow_none(loader_options, "a sampler")
+        _allow(given, ("shuffle", "seed", "drop_last"), "a sampler")
         return ShardedSampler(source, world, seed=seed, shuffle=shuffle, drop_last=drop_last)
     if isinstance(source, DataLoader):
-        _allow_none(loader_options, "a DataLoader")
-        for name, value in (("batch_size", batch_size), ("drop_last", drop_last)):
-            if value is not None:
-                raise ArgumentError(
-                    "shard()", name, f"{value} beside a DataLoader, which has its own", "None"
-                )
         if _is_stream(source):
+            _allow(given, (), "a DataLoader that alone can tell its batches")
             return ShardedStream(source, world)
-        return ShardedLoader(source, world, shuffle=shuffle, seed=seed, speeds=speeds)
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        loader: DataLoader[Any] = DataLoader(
-            source, batch_size=batch_size or 1, drop_last=bool(drop_last), **loader_options
-        )
-        shuffle = True if shuffle is None else shuffle
-        return ShardedLoader(loader, world, shuffle=shuffle, seed=seed, speeds=speeds)
+        _allow(given, ("shuffle", "seed", "speeds"), "a DataLoader, which has its own")
+        return ShardedLoader(source, world, shuffle=shuffle, seed=seed or 0, speeds=speeds)
     if isinstance(source, IterableDataset):
-        stream: DataLoader[Any] = DataLoader(
-            source, batch_size=batch_size or 1, drop_last=bool(drop_last), **loader_options
-        )
-        return ShardedStream(stream, world)
+        _allow(given, ("batch_size", "drop_last", *loader_options), "an IterableDataset")
+        return ShardedStream(_loader(source, batch_size, drop_last, loader_options), world)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        loader = _loader(source, batch_size, drop_last, loader_options)
+        if shuffle is None and not {"sampler", "batch_sampler"} & {*loader_options}:
+            shuffle = True
+        return ShardedLoader(loader, world, shuffle=shuffle, seed=seed or 0, speeds=speeds)
     if isinstance(source, Iterable):
-        _allow_none(loader_options, "an iterable of batches")
+        _allow(given, (), "an iterable of batches")
         return ShardedStream(source, world)
     raise ArgumentError(
         "shard()",
@@ -90,15 +94,29 @@ def shard(
     )
 
 
+def _loader(
+    dataset: Any, batch_size: int | None, drop_last: bool | None, options: dict[str, Any]
+) -> DataLoader[Any]:
+    if "batch_sampler" in options:
+        given = {"batch_size": batch_size, "drop_last": drop_last}
+        _allow(given, (), "a batch_sampler")
+        return DataLoader(dataset, **options)
+    size = 1 if batch_size is None else batch_size
+    return DataLoader(dataset, batch_size=size, drop_last=bool(drop_last), **options)
+
+
 def _is_stream(loader: DataLoader[Any]) -> bool:
     """True if only the loader itself can tell its batches."""
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    if isinstance(loader.dataset, IterableDataset):
         return True
-    return type(loader.batch_sampler) is not BatchSampler
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return True
+    return loader.batch_size is None and loader.batch_sampler is None
 
 
-def _allow_none(options: dict[str, Any], source: str) -> None:
-    if options:
-        raise ArgumentError(
-            "shard()", next(iter(options)), f"given beside {source}", "an option for datasets only"
-        )
+def _allow(given: dict[str, Any], allowed: Sequence[str], source: str) -> None:
+    """Refuse what would not be used."""
+    for name, value in given.items():
+        if value is not None and name not in allowed:
+            listed = f"None beside it; {', '.join(allowed)} may be given" if allowed else "None"
+            raise ArgumentError("shard()", name, f"{value!r} beside {source}", listed)

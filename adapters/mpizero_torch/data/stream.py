@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from mpizero import World
-from mpizero_torch import batch_weight
+from mpizero_torch.batch_weight import Loop
+from mpizero_torch.data.plans import FollowedItems
 from mpizero_torch.data.position import Position
+from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
+from mpizero_torch.data.sampler import refuse_dealt
 from mpizero_torch.random_state import unchanged
+from mpizero_torch.weighed_tensor import Outlet
 
 
 class ShardedStream:
@@ -26,13 +31,26 @@ class ShardedStream:
 
     def __init__(self, source: Iterable[Any], world: World) -> None:
         self._source, self._world = source, world
+        self._order = _Order.of(source, world)
         self._position = Position()
+        self._outlet = Outlet()
+        self._weight = 1.0
         self._told: int | None = None  # the epoch that the source was told last
 
     def __len__(self) -> int:
         """Steps of a whole epoch, if the source knows how many batches it has; else TypeError."""
         batches = len(self._source)  # type: ignore[arg-type]
         return (batches + self._world.size - 1) // self._world.size
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ATTRIBUTES and isinstance(self._source, DataLoader):
+            return getattr(self._source, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
+
+    @property
+    def weight(self) -> float:
+        """What the batch counts that was handed out last: 1 where all ranks have equally much."""
+        return self._weight
 
     @property
     def epoch(self) -> int:
@@ -46,11 +64,15 @@ class ShardedStream:
         """
         if self._position.set_epoch(epoch):
             self._tell(epoch)
+            if self._order is not None:
+                self._order.plan.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop is, in batches of the source; for any number of ranks."""
+        order = {} if self._order is None else {"order": self._order.plan.state}
         return {
             "epoch": self._position.epoch, "batches": self._position.done, "told": self._told,
+            **order,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,26 +83,32 @@ class ShardedStream:
         self._position.restore(state, "batches")
         if state["told"] is not None:
             self._tell(state["told"])
+        if self._order is not None:
+            self._order.plan.restore(state.get("order") or {})
 
     def __iter__(self) -> Iterator[Any]:
         self._position.begin()
         epoch, done = self._position.epoch, self._position.done
+        reading = None
+        if self._order is not None:
+            batches, reading = self._order.begin(epoch, done)
+        else:
+            # What passing over draws at random was drawn before the state was saved.
+            with unchanged(done > 0):
+                batches = iter(self._source)
+                for _ in islice(batches, done):
+                    pass
+        # How many batches there are shows at the end only: the last ones may be fewer.
+        loop = Loop(self._outlet, uneven=self._world.size > 1)
+        return _Batches(self, epoch, done, batches, reading, loop)
+
+    def _take(self, step: list[Any]) -> tuple[Any, float]:
+        """This rank's batch of a step, and its weight."""
         size, rank = self._world.size, self._world.rank
-        # What passing over draws at random was drawn before the state was saved.
-        with unchanged(done > 0):
-            batches = iter(self._source)
-            for _ in islice(batches, done):
-                pass
-        with batch_weight.loop():
-            while step := list(islice(batches, size)):
-                counts = [_samples(batch) for batch in step]
-                active = rank < len(step)
-                weight = counts[rank] * size / sum(counts) if active else 0.0
-                batch_weight.set_relative(weight)
-                done += len(step)
-                self._position.advance(epoch, done)
-                yield step[rank] if active else step[0]
-        self._position.finish(epoch)
+        counts = [_samples(batch) for batch in step]
+        active = rank < len(step)
+        self._weight = counts[rank] * size / sum(counts) if active else 0.0
+        return step[rank] if active else step[0], self._weight
 
     def _tell(self, epoch: int) -> None:
         each: Any
@@ -89,6 +117,77 @@ class ShardedStream:
                 each.set_epoch(epoch)
                 self._told = epoch
                 return
+
+
+class _Batches(Iterator[Any]):
+    """One loop over a ShardedStream. No generator: that would have something to do at exit."""
+
+    def __init__(
+        self,
+        stream: ShardedStream,
+        epoch: int,
+        done: int,
+        batches: Iterator[Any],
+        reading: Reading | None,
+        loop: Loop,
+    ) -> None:
+        self._stream, self._epoch, self._done = stream, epoch, done
+        self._batches: Iterator[Any] | None = batches
+        self._reading, self._loop = reading, loop
+
+    def __next__(self) -> Any:
+        stream = self._stream
+        if self._batches is None:
+            raise StopIteration
+        try:
+            step = [*islice(self._batches, stream._world.size)]
+        except BaseException:
+            self._loop.end()  # the batch before is not at hand any more
+            raise
+        if not step:
+            self.close()
+            stream._position.finish(self._epoch)
+            if stream._order is not None:
+                stream._order.plan.end_epoch()
+            raise StopIteration
+        self._done += len(step)
+        stream._position.advance(self._epoch, self._done)
+        if self._reading is not None and stream._order is not None:
+            for _ in step:
+                stream._order.plan.handed_out(self._reading.take())
+        return self._loop.hand_out(*stream._take(step))
+
+    def close(self) -> None:
+        """End the loop where it is."""
+        self._batches = None
+        self._loop.end()
+
+
+class _Order:
+    """The order of a DataLoader without batching, whose items are batches, as rank 0 draws it."""
+
+    def __init__(self, loader: DataLoader[Any], world: World) -> None:
+        self.plan = FollowedItems(loader.sampler, world)
+        self._source = Source()
+        self._loader = loader_like(loader, loader.generator, sampler=self._source, batch_size=None)
+
+    @classmethod
+    def of(cls, source: Any, world: World) -> _Order | None:
+        """For such a loader; None for other sources, and where its items come in their order."""
+        if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+            return None
+        sampler = source.sampler
+        if type(source).__iter__ is not DataLoader.__iter__ or type(sampler) is SequentialSampler:
+            return None
+        refuse_dealt(sampler)
+        return cls(source, world)
+
+    def begin(self, epoch: int, done: int) -> tuple[Iterator[Any], Reading]:
+        """What is left of the epoch, and what of it is asked for."""
+        steps, _ = self.plan.begin(epoch, done)
+        reading = Reading(steps)
+        self._source.next = (item for samples in reading for item in samples)
+        return iter(self._loader), reading
 
 
 def _samples(batch: Any) -> int:

@@ -21,7 +21,7 @@ def fork_server() -> Any:
     with suppress(AttributeError, OSError):  # then without
         _start_tracker()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch", "mpizero_torch.data.loader"])
+    context.set_forkserver_preload(["__main__", "torch", "mpizero_torch.data.reading"])
     return context
 
 
