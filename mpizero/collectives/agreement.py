@@ -94,9 +94,7 @@ def _raise_mismatch(
     for rank, call in enumerate(calls):
         ranks_by_call.setdefault(call, []).append(rank)
     lines = [f"  {_name(ranks)}: {call}" for call, ranks in ranks_by_call.items()]
-    error = MismatchError(f"{what}:\n" + "\n".join(lines))
-    error.reported_elsewhere = comm.rank != 0
-    raise error
+    raise MismatchError(f"{what}:\n" + "\n".join(lines)).told_by(comm.rank == 0)
 
 
 def _name(ranks: list[int]) -> str:
