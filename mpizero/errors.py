@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class MpizeroError(Exception):
@@ -13,6 +17,15 @@ class MpizeroError(Exception):
     """
 
     reported_elsewhere: bool = False
+
+    def told_by(self, this_rank: bool) -> Self:
+        """The same error, to be raised: does ``this_rank`` print it?
+
+        Raised from a variable it would refer to its function's frame, and that to it: all that is
+        in there would stay until Python looks for cycles.
+        """
+        self.reported_elsewhere = not this_rank
+        return self
 
 
 class LaunchError(MpizeroError, RuntimeError):

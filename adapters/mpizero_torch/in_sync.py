@@ -172,12 +172,10 @@ def _explain(
     lines = []
     for ranks in holders.values():
         lines.append(f"  {name(ranks)}: {theirs[ranks[0]]}")
-    error = MismatchError(
+    raise MismatchError(
         f"assert_in_sync(): the ranks differ in '{key}', the first of {differing} of {count} "
         "compared:\n" + "\n".join(lines)
-    )
-    error.reported_elsewhere = world.rank != 0
-    raise error
+    ).told_by(world.rank == 0)
 
 
 def _against_root(world: World, value: Any) -> str:

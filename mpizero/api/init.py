@@ -13,6 +13,7 @@ from mpizero import diagnostics
 from mpizero.api import reform
 from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
+from mpizero.progress import finish_what_was_left
 from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
 from mpizero.world.device import Device, bind_device
@@ -129,4 +130,5 @@ def _leave() -> None:
     for world in _open_worlds() + ([] if survivors is None else [survivors]):
         abort_if_failed(world.comm)
         world.finish()
+    finish_what_was_left()
     diagnostics.stop_watching()

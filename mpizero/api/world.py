@@ -320,13 +320,15 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
     def let_go(self) -> None:
         """Like ``close`` to this rank, which asks no other: not collective.
 
-        What is under way goes on, and what is held is given back once all ranks have let go: when
-        they make another World, or allocate memory, these ranks alone or with others.
+        What is under way goes on (on a thread by itself, else when it is waited for). What is held
+        is given back once it is done and all ranks have let go: when they make another World, or
+        allocate memory, these ranks alone or with others.
         """
         if not self.closed:
             if self._node is not None:
                 self._node.let_go()
             self._parts.clear()
+            self._worker.let_go()
             self._shut()
 
     def _shut(self) -> None:

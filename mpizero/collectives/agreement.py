@@ -94,8 +94,7 @@ def _raise_mismatch(
     for rank, call in enumerate(calls):
         ranks_by_call.setdefault(call, []).append(rank)
     lines = [f"  {_name(ranks)}: {call}" for call, ranks in ranks_by_call.items()]
-    error = MismatchError(f"{what}:\n" + "\n".join(lines))
-    error.reported_elsewhere = comm.rank != 0
+    error = MismatchError(f"{what}:\n" + "\n".join(lines)).told_by(comm.rank == 0)
     settle(error, comm.py2f())
     raise error
 

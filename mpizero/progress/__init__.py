@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from mpizero.progress.handle import Handle
 from mpizero.progress.messages import Message, Messages
-from mpizero.progress.worker import Worker, has_core, overlaps
+from mpizero.progress.worker import Worker, finish_what_was_left, has_core, overlaps
 
-__all__ = ["Handle", "Message", "Messages", "Worker", "has_core", "overlaps"]
+__all__ = [
+    "Handle",
+    "Message",
+    "Messages",
+    "Worker",
+    "finish_what_was_left",
+    "has_core",
+    "overlaps",
+]

@@ -42,10 +42,7 @@ class Handle:
             self._advance(self)
             self._block(self)
         if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                del self  # which the error would refer to, and it to the error
+            raise self._error
         return self._result
 
     def run(self) -> None:
@@ -56,9 +53,7 @@ class Handle:
         try:
             self._result = work()
         except BaseException as error:  # handed to the waiting thread, whatever it is
-            # Without this function's frame, which refers to the handle that refers to the error.
-            below = error.__traceback__.tb_next if error.__traceback__ is not None else None
-            self._error = error.with_traceback(below)
+            self._error = error
         finally:
             self._finished.set()
 

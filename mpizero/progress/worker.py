@@ -23,6 +23,15 @@ from mpizero.progress.handle import Handle
 from mpizero.world import shared_cores
 from mpizero.world.group import Group
 
+# Whose World has been let go of, while something was under way.
+_leaving: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def finish_what_was_left() -> None:
+    """At exit: carry out what is under way in what has been let go of."""
+    for worker in [*_leaving]:
+        worker.close()
+
 
 def overlaps(group: Group, wanted: bool = False) -> bool:
     """True if asynchronous operations of ``group`` should run on a thread.
@@ -115,6 +124,11 @@ class Worker:
             self._submitted.put(None)
             self._thread.join()
             self._thread = None
+
+    def let_go(self) -> None:
+        """There will be nothing more; what is under way goes on, and is waited for at exit."""
+        if self._thread is not None:
+            _leaving.add(self)
 
     def end_with(self, owner: object) -> None:
         """End the thread when ``owner`` is no more, to which all refer that is under way."""

@@ -149,7 +149,10 @@ def _offered(present: frozenset[int]) -> Iterator[list[Name]]:
 def _collect_cycles(thoroughly: bool) -> None:
     """Let Python look for cycles that hold things: by itself it might come too late, or never."""
     global _many, _kept
-    alive = len(_things) - len(_let_go) - len(_noted)
-    if alive >= _many or (thoroughly and _kept):
+    if _in_use() >= _many or (thoroughly and _kept):
         gc.collect()
-        _many, _kept = max(_MANY, 2 * (len(_things) - len(_noted))), 0
+        _many, _kept = max(_MANY, 2 * _in_use()), 0
+
+
+def _in_use() -> int:
+    return len(_things) - len(_let_go) - len(_noted)

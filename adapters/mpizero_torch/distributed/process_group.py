@@ -145,10 +145,12 @@ class MpiProcessGroup(ReducingCalls, MovingCalls):
         return made
 
     def shutdown(self) -> None:
-        """Finish what is under way, and let go of the ranks: each rank for itself."""
+        """Let go of the ranks: each rank for itself, whatever others do.
+
+        What is under way goes on beside the program, at its end too.
+        """
         if not self._is_shut_down:
             self._is_shut_down = True
-            self.world.finish()
             self.world.let_go()
             self._buffers = SharedBuffers(self.world)
 

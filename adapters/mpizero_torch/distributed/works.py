@@ -80,10 +80,7 @@ class PendingWork(WorkBase):  # type: ignore[misc]
             self._wait_until(time.monotonic() + timeout.total_seconds(), timeout)
         self._complete()
         if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                del self  # which the error would refer to, and it to the error
+            raise self._error
         return True
 
     def is_completed(self) -> bool:
@@ -143,8 +140,7 @@ class PendingWork(WorkBase):  # type: ignore[misc]
                 if self._finish is not None:
                     self._finish()
             except Exception as error:
-                below = error.__traceback__.tb_next if error.__traceback__ is not None else None
-                self._error = error.with_traceback(below)  # without this frame, which has this work
+                self._error = error
             self._handles, self._finish = (), None
             if self._then is not None:
                 self._then()

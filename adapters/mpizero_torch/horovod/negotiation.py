@@ -179,9 +179,8 @@ class Negotiation:
         try:
             self._world.allreduce(extremes, "max")
         except MismatchError as error:
-            fuller = MismatchError(f"{error}\n{self._say(mine)}")
-            fuller.reported_elsewhere = error.reported_elsewhere
-            raise fuller from error
+            own = not error.reported_elsewhere
+            raise MismatchError(f"{error}\n{self._say(mine)}").told_by(own) from error
         if extremes[0] == -extremes[1] and not extremes[2]:
             self._carry_out(mine)
             return None
@@ -241,12 +240,10 @@ class Negotiation:
             for rank, theirs in lists.items()
         ]
         lines += [f"  rank {rank}: has joined" for rank in joined]
-        error = MismatchError(
+        return MismatchError(
             "hvd: every rank waits, and there is no operation that all have submitted:\n"
             + "\n".join(lines)
-        )
-        error.reported_elsewhere = self._world.rank != 0
-        return error
+        ).told_by(self._world.rank == 0)
 
     def _say(self, mine: Sequence[Handle]) -> str:
         if self._joined_at is not None:
