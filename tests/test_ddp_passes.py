@@ -85,3 +85,27 @@ def test_weights_of_a_pass_whose_output_is_hidden(weight: float) -> None:
     model.weigh(weight if model.world.rank == 0 else 2.5)
     with pytest.raises(mz.MpizeroError, match="Let it return tensors"):
         loss_of(model, "abc", form="closure").backward()
+
+
+@several_ranks
+@pytest.mark.parametrize("how", ["loaded", "joined", "counted"])
+def test_two_backwards_after_statistics_were_written_between_forwards(how: str) -> None:
+    """Only a forward that counts its own writes makes torch refuse the second one."""
+    net, model = wrapped(norm=True)
+    if how == "loaded":
+        model.load_state_dict(model.state_dict())
+    elif how == "joined":
+        with model.join():
+            for _ in range(model.world.rank + 1):
+                loss_of(model, "abc").backward()
+    else:  # what is saved for backward must not change unseen
+        net.register_forward_pre_hook(lambda *_: (net.norm.running_mean.mul_(0.5), None)[1])
+    out = taken(model(seeded(model.world.rank, 3, 4), "abc"))
+    out[:, 0].mean().backward(retain_graph=True)
+    if how == "counted" and model.world.rank:
+        with model.no_sync(), pytest.raises(RuntimeError, match="modified by an inplace"):
+            out[:, 1].square().mean().backward()
+        return
+    if how != "counted":
+        out[:, 1].square().mean().backward()
+        assert torch.equal(net.a.weight.grad, model.world.broadcast(net.a.weight.grad.clone(), 0))
