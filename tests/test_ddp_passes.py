@@ -109,3 +109,37 @@ def test_two_backwards_after_statistics_were_written_between_forwards(how: str) 
     if how != "counted":
         out[:, 1].square().mean().backward()
         assert torch.equal(net.a.weight.grad, model.world.broadcast(net.a.weight.grad.clone(), 0))
+
+
+@several_ranks
+def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
+    net, model = wrapped()
+    loss_of(model, "abc").backward()
+    kept = net.b.weight.grad
+    assert kept is not None
+    values = kept.clone()
+    model.zero_grad()
+    with model.join():
+        for step in range(model.world.rank):
+            model.zero_grad()
+            loss_of(model, "abc", step + 1).backward()
+    assert torch.equal(kept, values)
+
+
+@several_ranks
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_mean_of_a_frozen_layer_is_left_alone_by_weights(kept: bool) -> None:
+    """Also where passes in between stay on the rank."""
+    net, model = wrapped()
+    model.weigh(2.0)
+    loss_of(model, "abc").backward()
+    assert net.a.weight.grad is not None
+    values = net.a.weight.grad.clone()
+    net.a.requires_grad_(False)
+    if kept:
+        model.weigh(5.0 + model.world.rank)
+        with model.no_sync():
+            loss_of(model, "abc").backward()
+    model.weigh(7.0)
+    loss_of(model, "abc").backward()
+    assert torch.equal(net.a.weight.grad, values)
