@@ -85,3 +85,61 @@ def test_weights_of_a_pass_whose_output_is_hidden(weight: float) -> None:
     model.weigh(weight if model.world.rank == 0 else 2.5)
     with pytest.raises(mz.MpizeroError, match="Let it return tensors"):
         loss_of(model, "abc", form="closure").backward()
+
+
+@several_ranks
+@pytest.mark.parametrize("how", ["loaded", "joined", "counted"])
+def test_two_backwards_after_statistics_were_written_between_forwards(how: str) -> None:
+    """Only a forward that counts its own writes makes torch refuse the second one."""
+    net, model = wrapped(norm=True)
+    if how == "loaded":
+        model.load_state_dict(model.state_dict())
+    elif how == "joined":
+        with model.join():
+            for _ in range(model.world.rank + 1):
+                loss_of(model, "abc").backward()
+    else:  # what is saved for backward must not change unseen
+        net.register_forward_pre_hook(lambda *_: (net.norm.running_mean.mul_(0.5), None)[1])
+    out = taken(model(seeded(model.world.rank, 3, 4), "abc"))
+    out[:, 0].mean().backward(retain_graph=True)
+    if how == "counted" and model.world.rank:
+        with model.no_sync(), pytest.raises(RuntimeError, match="modified by an inplace"):
+            out[:, 1].square().mean().backward()
+        return
+    if how != "counted":
+        out[:, 1].square().mean().backward()
+        assert torch.equal(net.a.weight.grad, model.world.broadcast(net.a.weight.grad.clone(), 0))
+
+
+@several_ranks
+def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
+    net, model = wrapped()
+    loss_of(model, "abc").backward()
+    kept = net.b.weight.grad
+    assert kept is not None
+    values = kept.clone()
+    model.zero_grad()
+    with model.join():
+        for step in range(model.world.rank):
+            model.zero_grad()
+            loss_of(model, "abc", step + 1).backward()
+    assert torch.equal(kept, values)
+
+
+@several_ranks
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_mean_of_a_frozen_layer_is_left_alone_by_weights(kept: bool) -> None:
+    """Also where passes in between stay on the rank."""
+    net, model = wrapped()
+    model.weigh(2.0)
+    loss_of(model, "abc").backward()
+    assert net.a.weight.grad is not None
+    values = net.a.weight.grad.clone()
+    net.a.requires_grad_(False)
+    if kept:
+        model.weigh(5.0 + model.world.rank)
+        with model.no_sync():
+            loss_of(model, "abc").backward()
+    model.weigh(7.0)
+    loss_of(model, "abc").backward()
+    assert torch.equal(net.a.weight.grad, values)

@@ -178,6 +178,17 @@ class BucketGradients:
         self.bring_back()
         self.unreduced.clear()
 
+    def lend(self) -> None:
+        """Before a pass that fills nothing in: keep what others hold of the buckets' memory."""
+        self._see()
+        for index, view in self._views.items():
+            if self._is_held(index):
+                self._lent[index] = view.clone()
+
+    def give_back(self) -> None:
+        """There was no such pass."""
+        self._lent.clear()
+
     def put_aside(self, merge: Merge) -> None:
         """Keep what there is apart from the gradients that are about to come."""
         self._merge = merge
@@ -201,7 +212,9 @@ class BucketGradients:
                     self._merged(index)
             self._merge = Merge()
         self.unreduced.update(
-            index for index, each in enumerate(self._parameters) if each.grad is not None
+            index
+            for index, each in enumerate(self._parameters)
+            if each.grad is not None and self._is_averaged(index)
         )
 
     def _is_averaged(self, index: int) -> bool:

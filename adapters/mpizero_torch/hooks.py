@@ -90,7 +90,12 @@ class BackwardHooks(ABC):
         self._handles = []
 
     def watch_output(self, output: Any, weight: float) -> None:
-        """Let backward through ``output`` announce itself; ``weight``: what its batch weighs."""
+        """After a forward: let backward through ``output`` announce itself.
+
+        ``weight``: what its batch weighs.
+        """
+        if self._owner._buffers_in_sync is not None:
+            self._owner._buffers_in_sync.after_forward()
         self._fed[weight] = None
         found = weakref.ref(self)
 
@@ -110,6 +115,8 @@ class BackwardHooks(ABC):
         Gradients that stay on this rank may simply be computed again. But averages that had begun
         cannot be taken back from the other ranks: MpizeroError.
         """
+        if self._owner._buffers_in_sync is not None:
+            self._owner._buffers_in_sync.before_forward()
         if self._pass is None or engine_runs.current_run() != -1:
             return
         if self._reducer.is_open:

@@ -51,6 +51,13 @@ class ReplicaHooks(BackwardHooks):
     def kept(self, parameter: torch.Tensor) -> torch.Tensor | None:
         return slices.local_gradient(parameter)
 
+    def shadow(self) -> bool:
+        self._gradients.lend()
+        taking_part = super().shadow()
+        if not taking_part:
+            self._gradients.give_back()
+        return taking_part
+
     def remove(self) -> None:
         super().remove()
         while self._after:

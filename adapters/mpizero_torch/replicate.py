@@ -135,6 +135,8 @@ class Buffers:
     def __init__(self, structure: Structure, ignored: Collection[str]) -> None:
         self._structure = structure
         self._ignored = set(ignored)
+        self._before: list[tuple[int, int]] = []
+        self._counted: set[int] = set()  # whose writes in a forward since then were counted
         self._take_note()
 
     @property
@@ -151,21 +153,34 @@ class Buffers:
             return True
         return not all(map(torch.equal, buffers, self._copies))
 
+    def before_forward(self) -> None:
+        """A forward begins, in which autograd may save them."""
+        self._before = self._counts(self._buffers())
+
+    def after_forward(self) -> None:
+        """It has ended."""
+        if self._before:
+            now = self._counts(self._buffers())
+            if now != self._before:
+                before = set(self._before)
+                self._counted.update(key for key, version in now if (key, version) not in before)
+
     def broadcast(self, world: World, root: int) -> None:
         """Make them the root's. Collective.
 
-        Autograd may have saved them for a backward pass still to come. Where the program's own
-        writes are not counted as changes, this is not either.
+        Autograd may have saved them for a backward pass still to come. Where the forward's own
+        writes are not counted as changes, this is not either. (What is written between forwards,
+        by loading a state, say, is no matter of this.)
         """
         buffers = self._buffers()
-        seen = dict(self._seen)
-        uncounted = [b for b in buffers if not b.is_inference() and seen.get(id(b)) == b._version]
+        uncounted = [b for b in buffers if not b.is_inference() and id(b) not in self._counted]
         with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(uncounted)):
             broadcast_tensors(buffers, world, root)
         self._take_note()
 
     def _take_note(self) -> None:
         buffers = self._buffers()
+        self._counted.clear()
         self._seen = self._counts(buffers)
         self._copies = [b.detach().clone() for b in buffers if b.device.type == "cpu"]
 

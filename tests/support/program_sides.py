@@ -292,6 +292,7 @@ class Oracle:
                     for side in sides
                     for index, each in enumerate(side.parameters(model))
                     if each.grad is not None
+                    and (each.requires_grad or index in self.unreduced[model])
                 )
 
     def _combine(self, model: int, side: Side, takes_place: bool) -> None:

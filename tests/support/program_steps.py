@@ -285,10 +285,6 @@ def draw_steps(draw: Draw, count: int) -> list[Step]:
             often[names.index(name)] = 0.0
     if draw.setting.weights != "never":
         often[names.index("join")] = 0.0
-    if any(shape.norm for shape in draw.setting.shapes):
-        # Statistics that were loaded count as written when autograd has saved them: the second
-        # backward through one graph is then torch's to refuse.
-        often[names.index("saved")] = often[names.index("convert")] = 0.0
     if len(draw.setting.shapes) < 2:
         often[names.index("adversarial")] = 0.0
     chosen = draw.rng.choices(names, often, k=count)
