@@ -79,7 +79,6 @@ REASONS: dict[str, str] = {
     "test_DistributedDataParallelCPU_grad_is_view": _PICKLED,
     "test_ddp_grad_div_uneven_inputs": _JOIN,
     "test_ddp_join_model_equivalence": _JOIN,
-    "test_ddp_uneven_inputs": _JOIN,
     "test_ddp_uneven_input_join_disable": _JOIN,
     "test_ddp_profiling_torch_profiler": _PROFILED,
     "test_DistributedDataParallel_requires_grad": (
