@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 
 import pytest
-from mpi4py import MPI
 
 import mpizero_torch as mz
-from support.programs import draw_program, run_program
+from support.programs import draw_program, programs, run_program
 
-COUNT = 400 if os.environ.get("MPIZERO_TEST_ALL") else 40
+COUNT = 400 if os.environ.get("MPIZERO_TEST_ALL") else 25
 
 
 @pytest.mark.parallel([1, 2, 3, 4])
 def test_random_programs_give_what_one_process_gives() -> None:
     """For more of them: ``mpirun -n 2 python tests/support/programs.py --count 2000``."""
     size = mz.init().size
-    comm = MPI.COMM_WORLD.Dup()
     kinds = []
-    for seed in range(COUNT):
-        outcome = run_program(draw_program(seed, size), comm)
-        kinds.append(outcome.kind)
-        assert outcome.kind != "faulty", outcome.text
-    comm.Free()
+    with programs() as comm:
+        for seed in range(COUNT):
+            outcome = run_program(draw_program(seed, size), comm)
+            kinds.append(outcome.kind)
+            assert outcome.kind != "faulty", outcome.text
     assert kinds.count("clean") > COUNT // 2

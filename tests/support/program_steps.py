@@ -194,6 +194,14 @@ def _trains(oracle: Oracle, options: dict[str, Any]) -> bool:
     return all(any(p.requires_grad for p in getattr(net, n).parameters()) for n in LAYERS)
 
 
+def _have_gradients(oracle: Oracle, options: dict[str, Any]) -> bool:
+    """Torch's clip_grad_value_ refuses none."""
+    everyones = [side.parameters(options["model"]) for side in oracle.sides]
+    return _comparable(oracle, options) and all(
+        any(p.grad is not None for p in parameters) for parameters in everyones
+    )
+
+
 def _comparable(oracle: Oracle, options: dict[str, Any]) -> bool:
     return oracle.comparable(options["model"])
 
@@ -243,7 +251,7 @@ STEPS: dict[str, Kind] = {
         },
         _clip,
         1.0,
-        _comparable,
+        _have_gradients,
     ),
     "rewrite": Kind(
         lambda draw: {

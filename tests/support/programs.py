@@ -11,6 +11,7 @@ with a fault: another value, another exception, ranks that wait for each other.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import shutil
@@ -253,18 +254,38 @@ def _progress(mode: str) -> Iterator[None]:
             os.environ["MPIZERO_PROGRESS"] = before
 
 
+_worlds: dict[str, mz.World] = {}  # for each way of progress, until a program fails in it
+
+
 def run_program(program: Program, comm: MPI.Comm) -> Outcome:
     """Run a program on all ranks. Collective."""
-    with _progress(program.setting.progress):
-        world = mz.init().split(0)
+    progress = program.setting.progress
+    with _progress(progress):
+        world = _worlds.get(progress) or mz.init().split(0)
         assert world is not None
+        _worlds[progress] = world
         folder = comm.bcast(tempfile.mkdtemp(prefix="programs-") if comm.rank == 0 else None)
         outcome = Run(program, world, comm, folder).outcome()
     if comm.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    if outcome.kind in ("clean", "void"):
-        world.close()
+    if outcome.kind != "clean":
+        del _worlds[progress]  # something may have been left half done in it
+    gc.collect()  # which sets lanes free for the next one
     return outcome
+
+
+@contextmanager
+def programs() -> Iterator[MPI.Comm]:
+    """Around a run of programs: the communicator by which their ranks agree. Collective."""
+    comm = MPI.COMM_WORLD.Dup()
+    gc.freeze()  # what is there already need not be looked through after each
+    try:
+        yield comm
+    finally:
+        gc.unfreeze()
+    while _worlds:
+        _worlds.popitem()[1].close()
+    comm.Free()
 
 
 def main() -> None:
@@ -276,18 +297,18 @@ def main() -> None:
     parser.add_argument("--refusals", action="store_true", help="show them, too")
     chosen = parser.parse_args()
     world = mz.init()
-    comm = MPI.COMM_WORLD.Dup()
     counted: Counter[str] = Counter()
-    for seed in range(chosen.seed, chosen.seed + chosen.count):
-        outcome = run_program(draw_program(seed, world.size), comm)
-        counted[outcome.kind] += 1
-        shown = outcome.kind == "faulty" or (chosen.refusals and outcome.kind != "clean")
-        if world.rank == 0 and shown:
-            print(f"{outcome.kind.upper()} {outcome.text}", flush=True)
-        if outcome.kind == "faulty" and chosen.stop:
-            break
-        if world.rank == 0 and sum(counted.values()) % 50 == 0:
-            print(f"to seed {seed}: {_table(counted)}", flush=True)
+    with programs() as comm:
+        for seed in range(chosen.seed, chosen.seed + chosen.count):
+            outcome = run_program(draw_program(seed, world.size), comm)
+            counted[outcome.kind] += 1
+            shown = outcome.kind == "faulty" or (chosen.refusals and outcome.kind != "clean")
+            if world.rank == 0 and shown:
+                print(f"{outcome.kind.upper()} {outcome.text}", flush=True)
+            if outcome.kind == "faulty" and chosen.stop:
+                break
+            if world.rank == 0 and sum(counted.values()) % 50 == 0:
+                print(f"to seed {seed}: {_table(counted)}", flush=True)
     if world.rank == 0:
         print(_table(counted), flush=True)
 
