@@ -23,9 +23,8 @@ class DistributedDataParallel(TorchMembers):
 
     A drop-in for ``torch.nn.parallel.DistributedDataParallel``. Parameters and buffers start as
     rank 0's. During ``backward`` gradients are averaged over the ranks, in buckets, while the rest
-    of backward computes; afterwards every rank's ``.grad`` holds the same bits, as views of the
-    buckets. Buffers (BatchNorm's statistics) become rank 0's after each such backward, if any
-    rank's have changed.
+    of backward computes; afterwards every rank's ``.grad`` holds the same bits. Buffers
+    (BatchNorm's statistics) become rank 0's after each such backward, if any rank's have changed.
 
     Frozen parameters may be unfrozen later and the other way round; parameters that some ranks, or
     all, do not use need no flag (on all: ``.grad`` stays None). ``state_dict`` has the inner
@@ -42,7 +41,8 @@ class DistributedDataParallel(TorchMembers):
     init_sync : compare the module over the ranks, and let all start as rank 0.
     process_group, device_mesh : the ranks, as torch has them: of the backend "mpizero".
     bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
-    gradient_as_bucket_view : False lets ``.grad`` have memory of its own.
+    gradient_as_bucket_view : False lets ``.grad`` have memory of its own. Else it is a view of its
+        bucket, except while somebody still holds the view of an earlier pass: that keeps its values.
     forward_sync_buffers : True: buffers become rank 0's before each forward, as in torch, and so
         forward is collective; False: only at the start.
     world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
