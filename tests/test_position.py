@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import mpizero_torch as mz
 from mpizero.sampling import ShardedBatches
-from mpizero_torch import batch_weight
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 
@@ -22,9 +21,9 @@ def numbers(count: int) -> TensorDataset:
     return TensorDataset(torch.arange(count))
 
 
-def seen(batches: Any) -> list[int]:
-    """The samples that count, over all ranks."""
-    own = [batch[0].tolist() for batch in batches if batch_weight.current().value]
+def seen(loader: Any, steps: int | None = None) -> list[int]:
+    """The samples that count, over all ranks, in so many steps."""
+    own = [batch[0].tolist() for batch in islice(iter(loader), steps) if loader.weight]
     return [s for rank in mz.init().gather_objects(own) for samples in rank for s in samples]
 
 
@@ -37,7 +36,7 @@ def test_what_is_left_of_an_epoch_comes_next(shuffle: bool, steps: int) -> None:
 
     first = loader()
     seen(first)  # epoch 0
-    before = seen(islice(iter(first), steps))
+    before = seen(first, steps)
     state = first.state_dict()
     rest, following = loader(), loader()
     rest.load_state_dict(state)
@@ -90,7 +89,7 @@ def test_own_samplers_go_on_in_the_order_that_was_drawn() -> None:
     whole = loader()
     expected = [seen(whole), seen(whole)]
     first = loader()
-    before = seen(islice(iter(first), 3))
+    before = seen(first, 3)
     rest = loader()
     rest.load_state_dict(first.state_dict())
     assert sorted(before + seen(rest)) == sorted(expected[0])
@@ -127,13 +126,13 @@ class Counting(IterableDataset[torch.Tensor]):
 
 @ranks
 def test_streams_go_on_too() -> None:
-    def values(batches: Any) -> list[int]:
-        own = [b.tolist() for b in batches if batch_weight.current().value]
+    def values(loader: Any, steps: int | None = None) -> list[int]:
+        own = [b.tolist() for b in islice(iter(loader), steps) if loader.weight]
         return [s for rank in mz.init().gather_objects(own) for samples in rank for s in samples]
 
     first = mz.shard(DataLoader(Counting(), batch_size=2))
     first.set_epoch(3)
-    before = values(islice(iter(first), 2))
+    before = values(first, 2)
     rest = mz.shard(DataLoader(Counting(), batch_size=2))
     rest.load_state_dict(first.state_dict())
     assert sorted(before + values(rest)) == list(range(300, 323))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,6 @@ from torch.utils.data import (
 
 import mpizero_torch as mz
 from mpizero.sampling import ShardedBatches
-from mpizero_torch import batch_weight
 from support.reference import seeded
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -35,7 +35,7 @@ def numbers(count: int) -> TensorDataset:
 
 def seen(loader: Any) -> list[tuple[list[int], float]]:
     """This rank's batches as (samples, weight)."""
-    return [(batch[0].tolist(), batch_weight.current().value) for batch in loader]
+    return [(batch[0].tolist(), loader.weight) for batch in loader]
 
 
 def everyones(loader: Any) -> list[list[tuple[list[int], float]]]:
@@ -144,9 +144,12 @@ class Stream(IterableDataset):
 def test_streams(count: int) -> None:
     for source in (
         DataLoader(Stream(count), batch_size=2),
-        [(torch.arange(s, min(s + 2, count)),) for s in range(0, count, 2)],
+        Batches([(torch.arange(s, min(s + 2, count)),) for s in range(0, count, 2)]),
         DataLoader(
             numbers(count), batch_sampler=_OwnBatches(SequentialSampler(range(count)), 2, False)
+        ),
+        DataLoader(
+            [(torch.arange(s, min(s + 2, count)),) for s in range(0, count, 2)], batch_size=None
         ),
     ):
         batches = everyones(mz.shard(source))
@@ -154,6 +157,16 @@ def test_streams(count: int) -> None:
         assert len({len(rank) for rank in batches}) == 1
         for step in zip(*batches, strict=True):
             assert sum(weight for _, weight in step) == pytest.approx(len(batches))
+
+
+class Batches:
+    """An iterable of batches, and nothing more."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class _OwnBatches(BatchSampler):
@@ -177,15 +190,74 @@ def test_worker_processes() -> None:
         assert sorted(counted(everyones(loader))) == list(range(40))
 
 
+class Columns:
+    """No class of torch's: as Hugging Face's datasets are, gives several rows at a time, too."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.asked = count, list[list[int]]()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[int]:
+        return (index,)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int]]:
+        self.asked.append([*indices])
+        return [(index,) for index in indices]
+
+
 @ranks
-def test_weights_belong_to_the_innermost_loop_and_end_with_it() -> None:
-    outer = mz.shard(numbers(mz.init().size * 2 + 1), batch_size=2)
-    for _ in outer:
-        before = batch_weight.current().value
-        for _ in mz.shard(numbers(1), batch_size=1):
-            break  # left early
-        assert batch_weight.current().value == before
-    assert batch_weight.current().value == 1.0
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda count: [(value,) for value in range(count)],
+        lambda count: torch.arange(count).view(count, 1),
+        lambda count: np.arange(count).reshape(count, 1),
+        Columns,
+        lambda count: {index: (index,) for index in range(count)},
+    ],
+)
+def test_what_a_dataloader_takes_is_a_dataset(make: Any) -> None:
+    """The same batches as of torch's own dataset, drawn and shuffled alike."""
+    options: dict[str, Any] = {"batch_size": 3, "shuffle": True, "seed": 5, "drop_last": True}
+    expected = everyones(mz.shard(numbers(50), **options))
+    found = [
+        [([int(value) for value in columns(samples)], weight) for samples, weight in rank]
+        for rank in mz.init().gather_objects(
+            [(batch, 1.0) for batch in mz.shard(make(50), **options)]
+        )
+    ]
+    assert found == [[(samples, weight) for samples, weight in rank] for rank in expected]
+    assert counted(expected) != sorted(counted(expected))
+
+
+def columns(batch: Any) -> Any:
+    """The first column, of rows that are arrays or tuples."""
+    return batch[:, 0] if isinstance(batch, torch.Tensor) else batch[0]
+
+
+@ranks
+def test_a_range_and_an_array_of_numbers_are_datasets() -> None:
+    size = mz.init().size
+    for data in (range(16), np.arange(16), torch.arange(16), [*range(16)]):
+        batches = [*mz.shard(data, batch_size=2, shuffle=False)]
+        assert [len(batch) for batch in batches[: 16 // (2 * size)]] == [2] * (16 // (2 * size))
+        assert batches[0].tolist() == [2 * mz.init().rank, 2 * mz.init().rank + 1]
+
+
+@ranks
+def test_a_sharded_loader_answers_as_the_loader_that_it_was_made_of() -> None:
+    data = numbers(7)
+    loader = DataLoader(data, batch_size=3, drop_last=True, collate_fn=tuple, timeout=0)
+    sharded = mz.shard(loader)
+    asked = "batch_size drop_last collate_fn dataset num_workers pin_memory timeout sampler"
+    for name in [*asked.split(), "prefetch_factor", "worker_init_fn", "generator"]:
+        assert getattr(sharded, name) is getattr(loader, name)
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        sharded.colour  # noqa: B018
+    stream = mz.shard(DataLoader(Stream(3), batch_size=2))
+    assert stream.batch_size == 2 and isinstance(stream.dataset, Stream)
 
 
 @ranks
@@ -212,13 +284,49 @@ def test_a_short_last_batch_does_not_bias_the_gradient() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+class Moving(DataLoader[Any]):
+    """What it adds is not lost."""
+
+    def __iter__(self) -> Any:
+        return ([column + 100 for column in batch] for batch in super().__iter__())
+
+
+@ranks
+def test_a_loader_that_iterates_in_its_own_way_is_asked_itself() -> None:
+    found = sorted(counted(everyones(mz.shard(Moving(numbers(9), batch_size=2)))))
+    assert found == [*range(100, 109)]
+
+
 @ranks
 def test_refusals() -> None:
     with pytest.raises(mz.ArgumentError, match="source"):
         mz.shard(3)
     with pytest.raises(mz.ArgumentError, match="batch_size"):
         mz.shard(DataLoader(numbers(3)), batch_size=2)
-    with pytest.raises(mz.ArgumentError, match="num_workers"):
-        mz.shard([1, 2], num_workers=2)
     with pytest.raises(ValueError, match="batch_size"):
         mz.shard(numbers(3), batch_size=-1)
+
+
+@ranks
+@pytest.mark.parametrize(
+    ("make", "unused"),
+    [
+        (
+            lambda: Batches([]),
+            ("batch_size", "shuffle", "seed", "drop_last", "speeds", "num_workers"),
+        ),
+        (lambda: iter([1, 2]), ("batch_size", "shuffle", "seed", "drop_last", "num_workers")),
+        (lambda: Stream(3), ("shuffle", "seed", "speeds")),
+        (lambda: DataLoader(Stream(3)), ("batch_size", "shuffle", "seed", "drop_last", "speeds")),
+        (lambda: DataLoader(numbers(3)), ("batch_size", "drop_last", "num_workers")),
+        (lambda: SequentialSampler(range(3)), ("batch_size", "speeds", "num_workers")),
+    ],
+)
+def test_arguments_that_would_not_be_used_are_refused(make: Any, unused: tuple[str, ...]) -> None:
+    values = {
+        "batch_size": 2, "shuffle": False, "seed": 0, "drop_last": False, "num_workers": 0,
+        "speeds": [1.0] * mz.init().size,
+    }  # fmt: skip
+    for name in unused:
+        with pytest.raises(mz.ArgumentError, match=f"'{name}'.* beside"):
+            mz.shard(make(), **{name: values[name]})

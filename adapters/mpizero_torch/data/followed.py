@@ -54,7 +54,7 @@ class Followed:
                 yield parts[0]
         except Exception as error:
             for rank in range(1, self._everyone.size):
-                self._send(rank, reading, _FAILED, _portable(error))
+                self._send(rank, reading, _FAILED, _sent(error))
             raise
         for rank in range(1, self._everyone.size):
             self._send(rank, reading, _END, None)
@@ -73,7 +73,7 @@ class Followed:
             if kind == _END:
                 return
             if kind == _FAILED:
-                raise value
+                raise _remade(value)
             yield value
 
     def _send(self, rank: int, reading: int, kind: int, value: Any) -> None:
@@ -98,13 +98,20 @@ class Followed:
         return found
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as another rank can raise it: of the same class, where that can be sent."""
+def _sent(error: Exception) -> Any:
+    """What another rank can make the same error of; its text, where that cannot be sent."""
+    parts = (type(error), error.args, vars(error))
     try:
-        sent: Exception = pickle.loads(pickle.dumps(error))
-        sent.reported_elsewhere = True  # type: ignore[attr-defined]
-        pickle.dumps(sent)
+        _remade(pickle.loads(pickle.dumps(parts)))
     except Exception:
-        sent = MpizeroError(f"A sampler has failed on rank 0: {type(error).__name__}: {error}")
-        sent.reported_elsewhere = True
-    return sent
+        text = f"A sampler has failed on rank 0: {type(error).__name__}: {error}"
+        parts = (MpizeroError, (text,), {})
+    return parts
+
+
+def _remade(parts: Any) -> Exception:
+    kind, args, attributes = parts
+    error: Exception = kind.__new__(kind, *args)  # its own __init__ may want other arguments
+    error.args = args
+    vars(error).update(attributes, reported_elsewhere=True)
+    return error

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 from mpizero import ArgumentError, World
@@ -168,9 +168,7 @@ class FollowedPlan(Plan):
         if restored and self._is_leader:
             self._generators.set(self._start, with_global=False)
         check, self._check = (self._check, self._check) if restored else (0, 0)
-        start = self._start
-        if self._is_leader and not (restored and done):
-            start = self._generators.all()
+        start = self._start if restored and done else None
         reading = self._followed.read(lambda: self._deal(start, done, check))
         self._start = next(reading)
         return self._steps(reading), self._may_be_uneven
@@ -186,26 +184,37 @@ class FollowedPlan(Plan):
             else:
                 self._after = each
 
-    def _deal(self, start: dict[str, Any], done: int, check: int) -> Iterator[Sequence[Any]]:
-        """On rank 0: a part of each step for everyone, between where generators were and are."""
+    def _deal(self, start: dict[str, Any] | None, done: int, check: int) -> Iterator[Sequence[Any]]:
+        """On rank 0: a part of each step for everyone, between where generators were and are.
+
+        ``start``: where they were when the epoch began that is gone on with.
+        """
+        if start is None:
+            start, drawn = self._generators.all(), _Checked(self._sampler)
+        else:
+            drawn = self._passed_over(start, done, check)
+        cut = self._cut(drawn, done)
+        first = next(cut, None)  # at once: the sampler may draw its random numbers only now
         yield [start] * len(self._places)
+        for steps in () if first is None else chain([first], cut):
+            yield [steps[place] for place in self._places]
+        yield [self._generators.own()] * len(self._places)
+
+    def _passed_over(self, start: dict[str, Any], done: int, check: int) -> _Checked:
         # What passing over draws at random was drawn before the state was saved.
-        with unchanged(done > 0):
-            if done:
-                self._generators.set(start, with_global=True)
+        with unchanged():
+            self._generators.set(start, with_global=True)
             drawn = _Checked(self._sampler)
             for _ in islice(drawn, done):
                 pass
-            if done and drawn.check != check:
-                raise ArgumentError(
-                    "load()", "loader", f"one whose {type(self._sampler).__name__} does not draw "
-                    "again what it drew before the state was saved",
-                    "a sampler that draws the same from the same random numbers",
-                    "Let it have a generator of its own, or leave loader= out to begin anew.",
-                )  # fmt: skip
-        for steps in self._cut(drawn, done):
-            yield [steps[place] for place in self._places]
-        yield [self._generators.own()] * len(self._places)
+        if drawn.check != check:
+            raise ArgumentError(
+                "load()", "loader", f"one whose {type(self._sampler).__name__} does not draw "
+                "again what it drew before the state was saved",
+                "a sampler that draws the same from the same random numbers",
+                "Let it have a generator of its own, or leave loader= out to begin anew.",
+            )  # fmt: skip
+        return drawn
 
     @abstractmethod
     def _cut(self, drawn: _Checked, done: int) -> Iterator[list[Step]]:

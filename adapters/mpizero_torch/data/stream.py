@@ -16,7 +16,7 @@ from mpizero_torch.data.plans import FollowedItems
 from mpizero_torch.data.position import Position
 from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
 from mpizero_torch.data.sampler import refuse_dealt
-from mpizero_torch.random_state import unchanged
+from mpizero_torch.random_state import derive, unchanged
 from mpizero_torch.weighed_tensor import Outlet
 
 
@@ -169,7 +169,10 @@ class _Order:
     def __init__(self, loader: DataLoader[Any], world: World) -> None:
         self.plan = FollowedItems(loader.sampler, world)
         self._source = Source()
-        self._loader = loader_like(loader, loader.generator, sampler=self._source, batch_size=None)
+        # A generator of our own: what workers draw at random is the same on all ranks.
+        self._generator = torch.Generator() if loader.generator is None else None
+        generator = self._generator or loader.generator
+        self._loader = loader_like(loader, generator, sampler=self._source, batch_size=None)
 
     @classmethod
     def of(cls, source: Any, world: World) -> _Order | None:
@@ -185,6 +188,8 @@ class _Order:
     def begin(self, epoch: int, done: int) -> tuple[Iterator[Any], Reading]:
         """What is left of the epoch, and what of it is asked for."""
         steps, _ = self.plan.begin(epoch, done)
+        if self._generator is not None:
+            self._generator.manual_seed(derive(epoch, done))
         reading = Reading(steps)
         self._source.next = (item for samples in reading for item in samples)
         return iter(self._loader), reading
