@@ -42,7 +42,7 @@ class DistributedDataParallel(TorchMembers):
     process_group, device_mesh : the ranks, as torch has them: of the backend "mpizero".
     bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
     gradient_as_bucket_view : False lets ``.grad`` have memory of its own. Else it is a view of its
-        bucket, except while somebody still holds the view of an earlier pass: that keeps its values.
+        bucket, except while somebody still holds that of an earlier pass, which keeps its values.
     forward_sync_buffers : True: buffers become rank 0's before each forward, as in torch, and so
         forward is collective; False: only at the start.
     world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.

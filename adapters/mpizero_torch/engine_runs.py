@@ -80,3 +80,15 @@ def is_nested() -> bool:
         elif inside and name == "apply" and where.endswith("function.py"):
             return True  # a Function's backward, perhaps on a thread of its own
     return False
+
+
+def is_distributed() -> bool:
+    """Is it a run of torch's distributed autograd? (Under torch's RPC only.)"""
+    rpc = sys.modules.get("torch.distributed.rpc")
+    if rpc is None or not rpc.is_available() or not rpc._is_current_rpc_agent_set():
+        return False
+    try:
+        torch._C._distributed_autograd._current_context()
+    except RuntimeError:
+        return False
+    return True

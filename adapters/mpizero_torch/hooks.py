@@ -178,6 +178,11 @@ class BackwardHooks(ABC):
             if self._pass.takes_place and len(self._pass.fed) > 1:
                 raise _several(self._pass.fed)
             return
+        if engine_runs.is_distributed():
+            raise MpizeroError(
+                "backward(): torch.distributed.autograd calls no hooks of parameters, so their "
+                "gradients would stay on this rank. Use loss.backward()."
+            )
         self._pass = announced = LocalPass({weight: None}, node=torch._C._current_autograd_node())
         announced.run = engine_runs.at_end(self._reducer.lane.order, self._end)
         stated = self._owner._stated

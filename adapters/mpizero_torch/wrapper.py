@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
 from mpizero_torch.torch_surface import lacking
+
+# torch.compiler.disable would import all of dynamo with this module.
+_as_it_is: Any = vars(torch)["_disable_dynamo"]
 
 
 class DistributedModule(nn.Module):
@@ -54,15 +58,25 @@ class DistributedModule(nn.Module):
     def _watch_parameters(self) -> None:
         """Before a pass: see to it that the parameters' gradients are noticed."""
 
+    # The inner module is what torch.compile may compile; what is around it runs as it is.
+    @functools.partial(_as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
+        weight, (args, kwargs) = self._before_forward(args, kwargs)
+        with recorder().span("forward"), batch_weight.under_way(weight):
+            output = self.module(*args, **kwargs)
+        return self._after_forward(output, weight)
+
+    @_as_it_is
+    def _before_forward(self, args: Any, kwargs: Any) -> tuple[Weight, tuple[Any, Any]]:
         if torch.is_grad_enabled():
             self._watch_parameters()
             if self._hooks is not None:
                 self._hooks.check_last_pass()
-        weight, (args, kwargs) = batch_weight.fed((args, kwargs), self._stated)
-        with recorder().span("forward"), batch_weight.under_way(weight):
-            output = self.module(*args, **kwargs)
+        return batch_weight.fed((args, kwargs), self._stated)
+
+    @_as_it_is
+    def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
             counted = float(weight.value > 0) if weight.stated else weight.value
