@@ -20,6 +20,7 @@ import mpizero
 from mpizero import World
 from mpizero.diagnostics.current import recorder
 from mpizero.memory import node_shared
+from mpizero.memory.node_shared import NOWHERE
 from mpizero.world import holdings
 from mpizero_torch.distributed import MpiProcessGroup
 from support.launch import mpirun
@@ -35,6 +36,21 @@ def by_references_alone() -> Iterator[None]:
     mpizero.init().split(None)
     yield
     gc.enable()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("mpizero")
+    yield
+    dist.destroy_process_group()
+
+
+def held_with_a_group() -> int:
+    """How much is held when there is one group more, of all ranks. It is destroyed."""
+    group = dist.new_group()
+    held = holdings.held()
+    dist.destroy_process_group(group)
+    return held
 
 
 def of_all(world: World, in_order: bool = False) -> World:
@@ -131,14 +147,13 @@ def test_overlapping_groups_go_in_any_order_at_any_time() -> None:
 
 
 @several_ranks
-def test_process_groups_are_destroyed_in_any_order() -> None:
-    dist.init_process_group("mpizero")
+def test_process_groups_are_destroyed_in_any_order(process_group: None) -> None:
+    before = held_with_a_group()
     size, rank = dist.get_world_size(), dist.get_rank()
-    before = holdings.held()
     pairs = list(itertools.combinations(range(size), 2)) * 3
     mine = [group for pair in pairs if isinstance(group := dist.new_group(pair), MpiProcessGroup)]
     del group
-    assert len(mine) == 3 * (size - 1)
+    assert len(mine) == 3 * (size - 1) and holdings.held() > before
     random.Random(rank).shuffle(mine)
     while mine:
         group = mine.pop()
@@ -146,11 +161,7 @@ def test_process_groups_are_destroyed_in_any_order() -> None:
         with pytest.raises(mpizero.LaunchError, match="closed"):
             group.allreduce([torch.ones(1)])
         dist.all_reduce(torch.ones(1))  # the others are at another group
-    dist.new_group()
-    assert holdings.held() == before + 1
-    dist.destroy_process_group()
-    mpizero.init().split(None)
-    assert holdings.held() < before
+    assert held_with_a_group() == before
 
 
 @ranks
@@ -254,14 +265,14 @@ def test_nothing_can_be_asked_of_what_was_let_go() -> None:
 def test_arrays_outlive_their_world() -> None:
     """Here and on other ranks; then their memory goes, too."""
     world = mpizero.init()
+    before = holdings.held()
     part = of_all(world)
-    before = holdings.held() - 1
     array = part.allocate(5000, np.float32)
     array[...] = world.rank
     others = part.counterparts(array)
     del part
     world.split(None)
-    assert holdings.held() == before + (world.size > 1)
+    assert holdings.held() == before + (world.local_size > 1)
     assert (array == world.rank).all()
     for rank, theirs in enumerate(others or ()):
         assert (theirs == rank).all()
@@ -270,7 +281,7 @@ def test_arrays_outlive_their_world() -> None:
     if world.rank == 0:
         del array
     world.split(None)
-    assert holdings.held() == before + (world.size > 1)
+    assert holdings.held() == before + (world.local_size > 1)
     array = None
     world.split(None)
     assert holdings.held() == before
@@ -353,10 +364,9 @@ def test_who_waits_for_a_message_has_its_world() -> None:
 
 
 @several_ranks
-def test_a_timeout_in_between() -> None:
+def test_a_timeout_in_between(process_group: None) -> None:
     """Of a monitored barrier to which one rank does not come: messages stay under way."""
-    dist.init_process_group("mpizero")
-    before = holdings.held()
+    before = held_with_a_group()
     for _ in range(3):
         group = dist.new_group()
         if dist.get_rank() == 0:
@@ -369,15 +379,12 @@ def test_a_timeout_in_between() -> None:
         dist.destroy_process_group(group)
         dist.monitored_barrier()
         del group
-    dist.new_group()
-    assert holdings.held() == before + 1
-    dist.destroy_process_group()
+    assert held_with_a_group() == before
 
 
 @several_ranks
-def test_who_destroys_a_group_waits_for_nobody() -> None:
+def test_who_destroys_a_group_waits_for_nobody(process_group: None) -> None:
     """Here for a rank that comes to a call only after it has heard from who has destroyed."""
-    dist.init_process_group("mpizero")
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group()
     total = torch.ones(3)
@@ -392,7 +399,6 @@ def test_who_destroys_a_group_waits_for_nobody() -> None:
         assert (total == size).all()
         dist.destroy_process_group(group)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 LEFT_UNDER_WAY = """
@@ -440,16 +446,16 @@ def test_cycles_are_looked_for_when_there_is_much(monkeypatch: pytest.MonkeyPatc
 def test_cycles_are_looked_for_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     world = mpizero.init()
     size = 50_000
-    room = 2.5 * world.size * size + node_shared._SHM_RESERVE
+    memory, ranks_here = world._node_memory, world.local_size
+    room = memory.nbytes * ranks_here + 2.5 * ranks_here * size + node_shared._SHM_RESERVE
 
     def free() -> int:
-        return int(room - world._node_memory.nbytes * world.size + others)
+        return int(room - memory.nbytes * ranks_here)
 
-    others = world._node_memory.nbytes * world.size
     monkeypatch.setattr(node_shared, "_free_shared_memory", free)
     for _ in range(4):
         array = world.allocate(size, np.int8)
-        assert world.counterparts(array) is not None
+        assert memory.spot(array) != NOWHERE or ranks_here == 1
         Cycle(array)
         del array
 
