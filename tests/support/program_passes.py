@@ -40,12 +40,19 @@ def draw_train(draw: Draw) -> dict[str, Any]:
         form, same = "closure", True
     if again is not None and graph == "two" and any(map(_has_buffers, draw.setting.shapes)):
         graph = "one"
+    uses = [draw.uses(same) for _ in chain]
+    overlaps = any(options.get("overlap", True) for options in draw.setting.options)
+    if again and overlaps:
+        # More gradients than before are refused, on those ranks that have them.
+        chain, uses = tuple(dict.fromkeys(chain)), uses[: len(set(chain))]
+        uses = [["ab" if use == "abab" else use for use in each] for each in uses]
+        graph = "one" if graph == "sum" else graph
     # A second backward through a graph that was checkpointed is torch's to refuse.
     if graph == "retain":
         again = None
     return {
         "chain": chain,
-        "uses": [draw.uses(same) for _ in chain],
+        "uses": uses,
         "micro": micro,
         "graph": graph,
         "weights": weights,
