@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,16 @@ from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tens
 from mpizero_torch.tied_stages import TiedStages
 from mpizero_torch.torch_surface import lacking
 
-# torch.compiler.disable would import all of dynamo with this module.
-_as_it_is: Any = vars(torch)["_disable_dynamo"]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _as_it_is(function: _F, recursive: bool = True) -> _F:
+    """A function that torch.compile leaves alone, and without ``recursive`` not what it calls.
+
+    (torch.compiler.disable would import all of dynamo with this module.)
+    """
+    disabled: _F = vars(torch)["_disable_dynamo"](function, recursive=recursive)
+    return disabled
 
 
 class DistributedModule(nn.Module):
