@@ -35,18 +35,16 @@ from torch import nn
 
 import mpizero_torch as mz
 from support.program_draw import Draw, Setting
+from support.program_oracle import Oracle, RefusalExpectedError, compare
 from support.program_sides import (
     After,
     Before,
     Joined,
     Net,
-    Oracle,
-    RefusalExpectedError,
     Saved,
     Shape,
     Side,
     clone,
-    compare,
 )
 from support.program_steps import Step, draw_steps
 
