@@ -17,6 +17,7 @@ from torch import nn
 
 import mpizero_torch as mz
 from support.program_draw import Draw, Events
+from support.program_oracle import Oracle
 from support.program_passes import (
     adversarial,
     draw_adversarial,
@@ -29,7 +30,7 @@ from support.program_passes import (
     towards,
     train,
 )
-from support.program_sides import LAYERS, Oracle, Saved, Side, taken
+from support.program_sides import LAYERS, Saved, Side, taken
 from support.reference import seeded
 
 

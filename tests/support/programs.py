@@ -35,18 +35,16 @@ from torch import nn
 
 import mpizero_torch as mz
 from support.program_draw import Draw, Setting
+from support.program_oracle import Oracle, RefusalExpectedError, compare
 from support.program_sides import (
     After,
     Before,
     Joined,
     Net,
-    Oracle,
-    RefusalExpectedError,
     Saved,
     Shape,
     Side,
     clone,
-    compare,
 )
 from support.program_steps import Step, draw_steps
 
@@ -103,7 +101,8 @@ def draw_program(seed: int, size: int) -> Program:
         shapes,
         options,
         progress=rng.choice(("thread", "inline")),
-        weights=rng.choices(("never", "always", "mixed"), (6, 3, 1))[0],
+        # Alone, a module that was not weighed before its first forward does not watch it.
+        weights=rng.choices(("never", "always", "mixed"), (6, 3, 1))[0] if size > 1 else "never",
         optimizer=rng.choice(("SGD", "SGD momentum", "AdamW", "AdamW fused")),
         # Alone, torch itself calls them, under no_sync too.
         hooks=rng.choices(("", "before", "after"), (8, 1, 1))[0] if size > 1 else "",
