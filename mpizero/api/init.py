@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from mpizero.api.world import World
 from mpizero.errors import ArgumentError, LaunchError
 from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
+from mpizero.world.children import guard_children, is_child
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
 from mpizero.world.segments import remove_segments, unname_segments
@@ -74,6 +74,7 @@ def _start(
     elastic: bool,
 ) -> World:
     """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
+    guard_children(launch is not None)
     if comm is None:
         comm = start_mpi(launch)
     mpi = load_mpi()
@@ -108,7 +109,7 @@ def _bind(launch: Launch | None) -> Device:
 
 
 def _refuse_children(launch: Launch | None) -> None:
-    if launch is not None and multiprocessing.parent_process() is not None:
+    if launch is not None and is_child():
         raise LaunchError(
             "init() was called in a child process of a rank (a DataLoader worker, for instance, "
             "which imports the training script again). Put what starts the training under "

@@ -59,8 +59,8 @@ def gather(measure: Callable[[World], Timings] | None = None) -> tuple[Facts | N
         except Exception as problem:  # the singleton trap, settings that cannot be had, ...
             about = replace(_about(mpi), error=str(problem), started=bool(mpi.Is_initialized()))
             if foreign := foreign_launch(os.environ, launch):
-                named = {"name": foreign.launcher, "rank": foreign.rank, "size": foreign.size}
-                launcher = replace(launcher, **named)
+                name, rank, size = foreign.launcher, foreign.rank, foreign.size
+                launcher = replace(launcher, name=name, rank=rank, size=size)
             return _of_this_process(Facts((host,), launcher, about))
         return _of_all(world, host, launcher, mpi, measure, watch), world
 

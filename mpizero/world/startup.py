@@ -26,9 +26,6 @@ def start_mpi(launch: Launch | None) -> MPI.Intracomm:
         raise LaunchError("init(): MPI was finalised already; it cannot start twice in a process.")
     if not mpi.Is_initialized():
         mpi.Init_thread(_wanted_level(mpi))
-    # Child processes (DataLoader workers) must never start MPI by importing mpi4py.MPI: they have
-    # inherited this rank's launcher variables and would pose as it.
-    os.environ["MPI4PY_RC_INITIALIZE"] = "0"
     world: MPI.Intracomm = mpi.COMM_WORLD
     if world.size == 1:
         refuse_singleton(launch, os.environ, mpi.Get_library_version())
