@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import weakref
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from mpizero.errors import ArgumentError, LaunchError
 from mpizero.progress import finish_what_was_left
 from mpizero.world import survival
 from mpizero.world.abort import abort_if_failed, install_abort_hooks
+from mpizero.world.children import guard_children, is_child
 from mpizero.world.device import Device, bind_device
 from mpizero.world.launcher import Launch, read_launch
 from mpizero.world.segments import remove_segments, unname_segments
@@ -77,6 +77,7 @@ def _start(
     elastic: bool,
 ) -> World:
     """Start MPI, if need be, and make the World of ``comm`` unless it has one."""
+    guard_children(launch is not None)
     if comm is None:
         comm = start_mpi(launch)
     mpi = load_mpi()
@@ -116,7 +117,7 @@ def _bind(launch: Launch | None) -> Device:
 
 
 def _refuse_children(launch: Launch | None) -> None:
-    if launch is not None and multiprocessing.parent_process() is not None:
+    if launch is not None and is_child():
         raise LaunchError(
             "init() was called in a child process of a rank (a DataLoader worker, for instance, "
             "which imports the training script again). Put what starts the training under "

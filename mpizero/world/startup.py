@@ -29,9 +29,6 @@ def start_mpi(launch: Launch | None) -> MPI.Intracomm:
         level = _wanted_level(mpi)
         with noted():
             mpi.Init_thread(level)
-    # Child processes (DataLoader workers) must never start MPI by importing mpi4py.MPI: they have
-    # inherited this rank's launcher variables and would pose as it.
-    os.environ["MPI4PY_RC_INITIALIZE"] = "0"
     world: MPI.Intracomm = mpi.COMM_WORLD
     if world.size == 1:
         refuse_singleton(launch, os.environ, mpi.Get_library_version())

@@ -111,7 +111,6 @@ def launch_environment(changes: Mapping[str, str | None] | None = None) -> dict[
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)
     }
-    environment.pop("MPI4PY_RC_INITIALIZE", None)  # mpizero.init() sets it for its children
     environment.pop("PYTHONUNBUFFERED", None)  # with it, lines of several ranks mix when printed
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each rank compiles the package anew
     environment.update(_OPENMPI_ENVIRONMENT)

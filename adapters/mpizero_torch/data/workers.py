@@ -9,6 +9,8 @@ from contextlib import suppress
 from multiprocessing import resource_tracker, spawn
 from typing import Any
 
+from mpizero.world.children import leave_scripts_alone
+
 
 def fork_server() -> Any:
     """A context for ``multiprocessing`` that is fit for a rank.
@@ -16,8 +18,9 @@ def fork_server() -> Any:
     Forked children of an MPI process may crash or hang (they share its connections); a fork server
     is a fresh process that never had any. It imports torch once, rather than each worker in each
     epoch (0.1 s instead of 10 s for two workers on two cores). What has been set up to be imported
-    stays if the server runs already.
+    stays if the server runs already. Scripts that would train when they are imported are left out.
     """
+    leave_scripts_alone()
     with suppress(AttributeError, OSError):  # then without
         _start_tracker()
     context = multiprocessing.get_context("forkserver")
