@@ -61,6 +61,13 @@ def settle(error: BaseException, group: int) -> None:
         error.__dict__.setdefault("_settled_in", []).append(group)
 
 
+def unsettle(error: BaseException, group: int) -> None:
+    """Forget that again."""
+    noted = getattr(error, "_settled_in", [])
+    while group in noted:
+        noted.remove(group)
+
+
 def is_settled(error: BaseException | None, group: int) -> bool:
     """Has it been noted of ``error``, or of what it was raised from?"""
     while error is not None:

@@ -201,6 +201,35 @@ def test_an_error_that_all_ranks_raise_leaves_them_in_step() -> None:
 
 
 @several_ranks
+@each_rank
+def test_one_error_may_be_raised_again_and_again(culprit: int) -> None:
+    world = mpizero.init()
+    culprit %= world.size
+    error = ValueError("always the same")
+
+    class Bad:
+        def __reduce__(self) -> NoReturn:
+            raise error
+
+    def block(bad: bool) -> None:
+        with world.telling(), world.together("the work"):
+            if bad:
+                raise error
+
+    def call(bad: bool) -> None:
+        world.gather_objects(Bad() if bad else 1)
+
+    def call_in_block(bad: bool) -> None:
+        with world.together("the work"):
+            call(bad)
+
+    for do in (call, block, call, call_in_block, block, block, call_in_block):
+        with pytest.raises(ValueError if world.rank == culprit else MismatchError, match="always"):
+            do(world.rank == culprit)
+    goes_on(world)
+
+
+@several_ranks
 def test_equal_wrong_counts_are_an_error_on_all_ranks() -> None:
     world = mpizero.init()
     with pytest.raises(MismatchError, match="expected"):

@@ -92,8 +92,9 @@ class ElasticState:
         """
         if self._survives:
             built = {name: self._built[name] for name in _COMMITTED if name in self._built}
-            parts, values = collect(self.world, self.world.node, extra=self._values, **built)
-            self._keeper.commit(parts, values)
+            with self.world.telling():
+                parts, values = collect(self.world, self.world.node, extra=self._values, **built)
+                self._keeper.commit(parts, values)
 
     @property
     def committed_bytes(self) -> int:

@@ -23,13 +23,14 @@ def ensure_process_group(world: World, timeout: timedelta = TIMEOUT) -> None:
     Collective. Whatever stands in ``MASTER_ADDR`` and its like is not asked: frameworks leave
     things there. Raises LaunchError where there is a process group with another backend.
     """
-    if dist.is_initialized():
-        if isinstance(dist.GroupMember.WORLD, MpiProcessGroup):
-            return
-        raise LaunchError(
-            f"there is a process group already, with the backend {dist.get_backend()!r}. Leave out "
-            f"init_process_group(), or call it with {BACKEND!r}."
-        )
+    with world.telling():
+        if dist.is_initialized():
+            if isinstance(dist.GroupMember.WORLD, MpiProcessGroup):
+                return
+            raise LaunchError(
+                f"there is a process group already, with the backend {dist.get_backend()!r}. Leave "
+                f"out init_process_group(), or call it with {BACKEND!r}."
+            )
     store = store_of(world, timeout)
     dist.init_process_group(
         BACKEND, store=store, rank=world.rank, world_size=world.size, timeout=timeout

@@ -35,7 +35,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         use_batch = self.training or self.running_mean is None
         if not use_batch or self.world.size == 1:
             return super().forward(input)
-        self._check_input_dim(input)
+        with self.world.telling():
+            self._check_input_dim(input)
         count = input.numel() // input.shape[1]
         own, x = self._weighed(input)
         result, mean, variance, total = _Normalise.apply(  # type: ignore[no-untyped-call]

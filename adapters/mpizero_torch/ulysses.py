@@ -45,8 +45,9 @@ class SequenceParallelAttention(nn.Module):
         """This rank's stretch of the result."""
         if self.world.size == 1:
             return self.attention(query, key, value, **options)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            self._check(name, tensor)
+        with self.world.telling():
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                self._check(name, tensor)
         exchange: Any = _Exchange.apply
         whole = exchange(self.world, True, query, key, value)
         seen = self.attention(*whole, **options)

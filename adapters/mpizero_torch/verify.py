@@ -102,23 +102,24 @@ def verify(
     Raises ArgumentError for batches with fewer samples than ranks.
     """
     world = world if world is not None else init()
-    for batch in batches:
-        if len(batch[0]) < world.size:
-            raise ArgumentError(
-                "verify()", "batches", f"one of {len(batch[0])} samples",
-                f"batches of {world.size} samples or more",
-            )  # fmt: skip
-    expected, model = _alone(build, batches, seed)
-    if tolerance is None:
-        dtype = next(model.parameters()).dtype
-        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BITS)
-        if options.get("precision") not in (None, "fp32", torch.float32):
-            tolerance = _TOLERANCE_16_BITS
-    results = tuple(
-        _compare(stage, build, batches, seed, world, expected, model, tolerance, options)
-        for stage in stages
-    )
-    return VerifyReport(world.size, tolerance, results)
+    with world.together("verify()"):
+        for batch in batches:
+            if len(batch[0]) < world.size:
+                raise ArgumentError(
+                    "verify()", "batches", f"one of {len(batch[0])} samples",
+                    f"batches of {world.size} samples or more",
+                )  # fmt: skip
+        expected, model = _alone(build, batches, seed)
+        if tolerance is None:
+            dtype = next(model.parameters()).dtype
+            tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BITS)
+            if options.get("precision") not in (None, "fp32", torch.float32):
+                tolerance = _TOLERANCE_16_BITS
+        results = tuple(
+            _compare(stage, build, batches, seed, world, expected, model, tolerance, options)
+            for stage in stages
+        )
+        return VerifyReport(world.size, tolerance, results)
 
 
 def _alone(build: Build, batches: Sequence[Sequence[Any]], seed: int) -> tuple[list[float], Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +11,14 @@ from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
 from mpizero.diagnostics import Lanes
-from mpizero.errors import LaunchError, MismatchError, in_words, is_settled, settle
+from mpizero.errors import (
+    LaunchError,
+    MismatchError,
+    in_words,
+    is_settled,
+    settle,
+    unsettle,
+)
 from mpizero.memory.node_shared import NodeMemory
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
@@ -78,6 +85,7 @@ class Caller:
         # is to be carried out refers to this Caller.
         self.hold: Hold | None = None
         self._groups = {run.comm.py2f() for run in (self._blocking, self._background)}
+        self._blocks = 0  # of ``telling`` that this rank is in
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
         """Prepare a call, agree on it with the other ranks, and carry it out.
@@ -88,25 +96,33 @@ class Caller:
         try:
             call = prepare()
         except Exception as error:
-            self.tell(error, asynchronous)
+            self._refuse(error, asynchronous)
             raise
         return self.start(call, asynchronous)
 
-    def tell(self, error: BaseException, asynchronous: bool = False) -> None:
-        """Tell the other ranks, who are in a call of theirs, that this one has failed instead.
-
-        They get a MismatchError that quotes it. Nothing is said of what they know already, nor
-        after an error within a call that all had agreed on: who knows where the others are?
-        """
-        if self._alone or any(is_settled(error, group) for group in self._groups):
-            return
-        self._refuse(f"refused: {in_words(error)}", asynchronous)
-        self.settle(error)
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """See ``World.telling``."""
+        self._blocks += 1
+        try:
+            yield
+        except Exception as error:
+            # Nothing is said of what the others know already, nor after an error within a call that
+            # all had agreed on: who knows where they are?
+            if not any(is_settled(error, group) for group in self._groups):
+                self._refuse(error, False)
+            if self._blocks == 1:
+                for group in self._groups:  # the program may raise this very object again
+                    unsettle(error, group)
+            raise
+        finally:
+            self._blocks -= 1
 
     def settle(self, error: BaseException) -> None:
-        """The other ranks know of ``error``, or cannot be told."""
-        for group in self._groups:
-            settle(error, group)
+        """The others know of ``error``: to be called where it is about to leave a block."""
+        if self._blocks:
+            for group in self._groups:
+                settle(error, group)
 
     def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
@@ -127,7 +143,9 @@ class Caller:
             try:
                 return carry_out(at)
             except Exception as error:
-                self.settle(error)
+                if asynchronous or self._blocks:  # it is raised by the handle then, wherever
+                    for group in self._groups:
+                        settle(error, group)
                 raise
             finally:
                 lane.end(at, run.last_algorithm)
@@ -181,14 +199,18 @@ class Caller:
         """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""
         self._blocking.check(name, collective)
 
-    def _refuse(self, refusal: str, asynchronous: bool) -> None:
+    def _refuse(self, error: Exception, asynchronous: bool) -> None:
         """Tell the others, who are in a call of theirs: it is a call of its own, to be counted."""
+        if self._alone:
+            return
         # The others refuse as well, or do something else; this rank's own ArgumentError, which the
         # caller raises, says more than the mismatch.
         with suppress(MismatchError):
+            refusal = f"refused: {in_words(error)}"
             told = self.start(Call(refusal, lambda run, parts: None), asynchronous)
             if asynchronous:
                 told.wait()
+        self.settle(error)
 
 
 def _surviving(work: Callable[[], Any]) -> Callable[[], Any]:

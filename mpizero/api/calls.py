@@ -24,11 +24,8 @@ class Calls(Group):
         They get a MismatchError that quotes it from the blocking call that they make next. So there
         must be one, on the other ranks; where there may be none, see ``together``.
         """
-        try:
+        with self._caller.telling():
             yield
-        except Exception as error:
-            self._caller.tell(error)
-            raise
 
     def settle(self, error: BaseException) -> None:
         """All ranks have been told of ``error`` in another way: ``telling`` lets it pass."""

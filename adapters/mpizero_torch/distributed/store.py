@@ -18,14 +18,15 @@ _SOME_ADDRESS = ("192.0.2.1", 9)  # of documentation (RFC 5737); nothing is sent
 
 def store_of(world: World, timeout: timedelta) -> Any:
     """A store that all ranks share. Collective."""
-    store: Any = None
-    place: tuple[str, int] | None = None
-    if world.rank == 0:
-        host = "127.0.0.1" if world.node_count == 1 else _own_address()
-        store = _open(host, 0, world.size, timeout, serves=True)
-        place = host, store.port
-    host, port = world.broadcast_object(place)
-    return store or _open(host, port, world.size, timeout, serves=False)
+    with world.together("making the store"):
+        store: Any = None
+        place: tuple[str, int] | None = None
+        if world.rank == 0:
+            host = "127.0.0.1" if world.node_count == 1 else _own_address()
+            store = _open(host, 0, world.size, timeout, serves=True)
+            place = host, store.port
+        host, port = world.broadcast_object(place)
+        return store or _open(host, port, world.size, timeout, serves=False)
 
 
 def _open(host: str, port: int, size: int, timeout: timedelta, *, serves: bool) -> Any:
