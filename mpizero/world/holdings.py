@@ -52,7 +52,7 @@ class _Thing:
 _things: dict[Name, _Thing] = {}
 _noted: deque[Name] = deque()  # let go of, as finalizers say it
 _let_go: set[Name] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()
 _own = int.from_bytes(os.urandom(7), "little")  # of this process, among all that it may meet
 _numbers = itertools.count()
 _many, _kept = _MANY, 0  # when to look for cycles; how many things are new since then
