@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,16 @@ def test_buffers_before_a_forward_after_one_that_trains_only() -> None:
         pass
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    ensure_process_group(mz.init())
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @ranks
-def test_a_process_group_is_the_ranks_in_it() -> None:
+def test_a_process_group_is_the_ranks_in_it(process_group: None) -> None:
     world = mz.init()
-    ensure_process_group(world)
     group = torch.distributed.group.WORLD
     own = torch.distributed.new_group([world.rank], use_local_synchronization=True)
     together = mz.DistributedDataParallel(linear(), process_group=group)

@@ -488,11 +488,12 @@ def test_state_and_schedulers_are_those_of_the_plain_optimizer() -> None:
 def test_an_optimizer_that_is_gone_leaves_nothing_behind() -> None:
     """Not its gradients, and not its number, which the next one has."""
     gc.collect()
+    names = set()
     for _ in range(3):
         model = net()
         optimizer = hvd.DistributedOptimizer(SGD(model.parameters()))
         train(model, optimizer, 2)
-        name = optimizer._gradients.name
-        assert name.startswith("optimizer 0 ")
+        names.add(optimizer._gradients.name)
+        assert len(names) == 1
         del optimizer, model
         gc.collect()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import Sampler
 
 import mpizero
 import mpizero_torch as mz
@@ -179,13 +179,6 @@ FAULTS: dict[str, tuple[Do, type[Exception], str]] = {
         lambda w, bad, f: mz.assert_in_sync(3 if bad else build()[0], world=w),  # type: ignore[arg-type]
         AttributeError, "'int'",
     ),
-    "loader": (
-        lambda w, bad, f: iter(
-            mz.shard(DataLoader(TensorDataset(torch.arange(8)), sampler=Order(bad)))
-        ),
-        ValueError, "two",
-    ),
-    "sampler": (lambda w, bad, f: iter(mz.shard(Order(bad))), ValueError, "two"),
     "arrays: scatter": (lambda w, bad, f: scatter(bad), AttributeError, "dtype"),
     "arrays: step": (lambda w, bad, f: step_of_arrays(bad), ArgumentError, "a list"),
     "hvd: number": (

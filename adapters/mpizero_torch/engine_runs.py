@@ -7,13 +7,14 @@ another. What has begun in a run is finished when it ends, in an order that all 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 # By the number of a run that is under way: who wants to know of its end.
-_waiting: dict[int, list[tuple[int, Callable[[], None]]]] = {}
+_waiting: dict[int, list[tuple[int, weakref.WeakMethod[Callable[[], None]]]]] = {}
 
 
 def current_run() -> int:
@@ -22,7 +23,7 @@ def current_run() -> int:
 
 
 def at_end(order: int, finish: Callable[[], None]) -> int:
-    """Call ``finish()`` when the run under way ends well; return the run's number.
+    """Call the method ``finish`` when the run under way ends well; return the run's number.
 
     All that wait for one run are called in their ``order``: gradients may reach several models in
     another order on each rank, but what they send at the end must match.
@@ -32,7 +33,8 @@ def at_end(order: int, finish: Callable[[], None]) -> int:
         _waiting[run] = []
         # The engine's own way to run something at the end; torch's DDP uses it too.
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _finish(run))
-    _waiting[run].append((order, finish))
+    # Weakly: a run that ends with an exception tells nobody.
+    _waiting[run].append((order, weakref.WeakMethod(finish)))
     return run
 
 
@@ -42,8 +44,10 @@ def forget(run: int) -> None:
 
 
 def _finish(run: int) -> None:
-    for _, finish in sorted(_waiting.pop(run, []), key=lambda each: each[0]):
-        finish()
+    for _, found in sorted(_waiting.pop(run, []), key=lambda each: each[0]):
+        finish = found()
+        if finish is not None:
+            finish()
 
 
 def computes_everything(node: Any) -> bool:

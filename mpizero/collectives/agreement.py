@@ -95,8 +95,11 @@ def _raise_mismatch(
         ranks_by_call.setdefault(call, []).append(rank)
     lines = [f"  {_name(ranks)}: {call}" for call, ranks in ranks_by_call.items()]
     error = MismatchError(f"{what}:\n" + "\n".join(lines)).told_by(comm.rank == 0)
-    settle(error, comm.py2f())
-    raise error
+    try:
+        settle(error, comm.py2f())
+        raise error
+    finally:
+        del error  # it refers to this frame: all that is in it would stay until cycles are sought
 
 
 def _name(ranks: list[int]) -> str:
