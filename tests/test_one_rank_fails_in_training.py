@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Sampler
 
 import mpizero
 import mpizero_torch as mz
@@ -40,17 +39,6 @@ class Scheduler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert not self.bad, "not this state"
-
-
-class Order(Sampler[int]):
-    def __init__(self, bad: bool) -> None:
-        self.bad = bad
-
-    def __len__(self) -> int:
-        return 8
-
-    def __iter__(self) -> Iterator[int]:
-        return iter([7, 6, 5, 4, 3, "two" if self.bad else 2, 1, 0])  # type: ignore[list-item]
 
 
 class StateLess(torch.optim.SGD):
