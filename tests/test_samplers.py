@@ -376,7 +376,7 @@ MAKERS: dict[str, Callable[[], DataLoader[Any]]] = {
         Logged(MANY), 2, sampler=WeightedRandomSampler([1.0] * MANY, MANY, replacement=False)
     ),
     "single items": lambda: DataLoader(
-        TensorDataset(torch.arange(MANY).view(24, 1)),
+        TensorDataset(torch.arange(MANY).view(MANY, 1)),
         batch_size=None,
         sampler=RandomSampler(range(MANY)),
         collate_fn=lambda item: item[0],
