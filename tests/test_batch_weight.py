@@ -182,8 +182,9 @@ def test_backward_runs_as_without_marks() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_functions_pass_it_on() -> None:
     compiled = torch.compile(lambda x: (x.flip(0) / 255).mean(), backend="eager")
-    assert weight_of(compiled(batch())) == 0.5
-    assert weight_of(compiled(torch.rand(4, 3))) == 1.0
+    x = batch()
+    assert weight_of(compiled(x)) == 0.5
+    assert weight_of(compiled(torch.rand(4, 3))) == 1.0, "the compiler's looks are not an escape"
 
 
 Pair = namedtuple("Pair", "x label")
@@ -299,6 +300,7 @@ CONTAINERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "graph": (Graph, lambda b: b.x),
     "attributes": (lambda x: AttributeDict(x=x), lambda b: b.x),
     "attributes as keys": (lambda x: AttributeDict(x=x), lambda b: b["x"]),
+    "in objects": (lambda x: Data(Data(SimpleNamespace(x=[x]))), lambda b: b.x.x.x[0]),
     "cycle": (family, lambda b: b.child.parent.child.x),
     "encoding": (lambda x: Encoding(ids=x), lambda b: b.ids),
     "model output": (lambda x: Output(x, (x, x)), lambda b: b.logits),
@@ -338,6 +340,18 @@ def test_what_a_module_gives_back_weighs_what_it_was_fed() -> None:
     assert weight_of(fed_on(output)) == 0.5
     weight, seen = fed(torch.rand(3), None)
     assert fed_on(seen) is seen
+
+
+def test_what_is_too_deep_to_be_looked_for_is_found_where_it_is_used() -> None:
+    hidden = batch()
+    for _ in range(8):
+        hidden = SimpleNamespace(x=hidden)
+    weight, seen = fed(hidden, None)
+    assert weight == Weight() and seen is hidden
+    for _ in range(8):
+        hidden = hidden.x
+    with batch_weight.under_way(weight), pytest.raises(ArgumentError, match="within the module"):
+        hidden * 2
 
 
 class Opaque:

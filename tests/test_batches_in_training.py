@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import mpizero_torch as mz
 from mpizero.sampling import ShardedBatches
 from mpizero_torch import batch_weight
+from mpizero_torch.weighed_tensor import live
 from support.launch import mpirun
 from support.reference import seeded
 
@@ -33,9 +34,9 @@ BATCH = 2
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No test leaves another one a batch that may be anything."""
+    """No test leaves another one a batch that may be anything, or be mixed with its own."""
     yield
-    if batch_weight.doubt():
+    if live:
         gc.collect()
     assert batch_weight.doubt() is None
 
@@ -357,6 +358,33 @@ def test_a_chain_of_two_wrapped_modules() -> None:
         ours = [*start.parameters(), *end.parameters()]
         for parameter, theirs in zip(ours, alone.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+def test_a_compiled_wrapper() -> None:
+    x = samples()
+    inner = net()
+    model = torch.compile(mz.DistributedDataParallel(inner), backend="eager")
+    for whole, own in zip(whole_batches(x), one_ahead(loader_of(x)), strict=True):
+        inner.zero_grad()
+        loss_of(model(own)).backward()
+        check_step(inner, whole)
+    inner.zero_grad()
+    loss_of(model(x)).backward()
+    check_step(inner, x)  # the compiler's looks at the last batch leave no doubt
+
+
+@several_ranks
+def test_a_loss_of_batches_that_weigh_differently_is_refused() -> None:
+    size = mz.init().size
+    x, even = samples(1), samples(1)[: BATCH * size]
+    model = mz.DistributedDataParallel(net())
+    *_, last = loader_of(x)
+    (other,) = loader_of(even)
+    loss = loss_of(model(last)) + loss_of(model(other))
+    with pytest.raises(mz.ArgumentError, match="weigh"):
+        loss.backward()
 
 
 class Normalised(nn.Module):

@@ -89,8 +89,11 @@ def differing_seeds() -> None:
 
 
 def taken(loader: Any, steps: int | None = None) -> list[list[tuple[list[int], float]]]:
-    """Samples and weights of each step, of each rank."""
-    own = [(batch.tolist(), loader.weight) for batch in islice(iter(loader), steps)]
+    """Samples and weights of each step, of each rank; the training draws numbers of its own."""
+    own = []
+    for batch in islice(iter(loader), steps):
+        own.append((batch.tolist(), loader.weight))
+        torch.rand(3), random.random(), np.random.rand()
     return mz.init().gather_objects(own)
 
 
@@ -145,6 +148,9 @@ def test_endless_samplers_are_read_a_step_at_a_time() -> None:
         assert sampler.drawn <= 6 * size * (mz.init().rank == 0)
         with pytest.raises(TypeError):
             len(sharded)
+        assert sharded.state_dict()["of"] is None
+    within = mz.shard(DataLoader(Logged(), batch_sampler=BatchSampler(Endless(), 2, False)))
+    assert within.state_dict()["of"] is None
 
 
 @pytest.mark.parallel([2])
@@ -200,6 +206,44 @@ def test_plain_samplers_of_a_part_and_ones_derived_from_them() -> None:
     assert counted(taken(mz.shard(DataLoader(Logged(9), 2, sampler=Backwards(range(9)))))) == [
         *reversed(range(9))
     ]
+
+
+class Wavering(Sampler[list[int]]):
+    """Draws from all global generators in every step."""
+
+    def __init__(self, samples: int = 24) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = [*range(self.samples)]
+        while left:
+            at = random.random() + np.random.random() + float(torch.rand(()))
+            yield [left.pop(int(at * 1000) % len(left))]
+
+
+@ranks
+def test_what_one_rank_draws_leaves_the_programs_random_numbers_alone() -> None:
+    """Ranks that were seeded alike stay so, and the program's draws do not change the order."""
+    world = mz.init()
+
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.random()), float(torch.rand(()))]
+
+    orders = []
+    for noisy in (False, True):
+        torch.manual_seed(7), np.random.seed(7), random.seed(7)
+        loader = mz.shard(DataLoader(Logged(), batch_sampler=Wavering()))
+        order, own = list[int](), list[list[float]]()
+        for batch in loader:
+            order += batch.tolist()
+            own.append(draws() if noisy else [])
+        own.append(draws())
+        assert all(each == own for each in world.gather_objects(own))
+        orders.append(order)
+        again = counted(taken(loader))
+        assert sorted(again) == [*range(24)]
+        assert again[:: world.size] != world.broadcast_object(order), "each epoch has its own"
+    assert orders[0] == orders[1]
 
 
 class Failing(Sampler[Any]):
@@ -295,11 +339,14 @@ def as_saved(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+MANY = 72  # for several steps on four ranks
+
+
 class ByPython(Buckets):
     """Draws from generators that are not torch's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(MANY)
         self.first, self.second = random.Random(5), np.random.default_rng(5)
         self.third = np.random.RandomState(5)
 
@@ -312,23 +359,26 @@ class ByPython(Buckets):
 
 MAKERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "batches": lambda: DataLoader(
-        Logged(), batch_sampler=Buckets(generator=torch.Generator().manual_seed(3))
+        Logged(MANY), batch_sampler=Buckets(MANY, generator=torch.Generator().manual_seed(3))
     ),
-    "batches by the global generator": lambda: DataLoader(Logged(), batch_sampler=Buckets()),
-    "batches by other generators": lambda: DataLoader(Logged(), batch_sampler=ByPython()),
+    "batches by the global generator": lambda: DataLoader(
+        Logged(MANY), batch_sampler=Buckets(MANY)
+    ),
+    "batches by other generators": lambda: DataLoader(Logged(MANY), batch_sampler=ByPython()),
+    "batches drawn one by one": lambda: DataLoader(Logged(MANY), batch_sampler=Wavering(MANY)),
     "batches within": lambda: DataLoader(
-        Logged(),
+        Logged(MANY),
         batch_sampler=BatchSampler(
-            RandomSampler(range(24), generator=torch.Generator().manual_seed(3)), 3, False
+            RandomSampler(range(MANY), generator=torch.Generator().manual_seed(3)), 3, False
         ),
     ),
     "indices": lambda: DataLoader(
-        Logged(), 2, sampler=WeightedRandomSampler([1.0] * 24, 24, replacement=False)
+        Logged(MANY), 2, sampler=WeightedRandomSampler([1.0] * MANY, MANY, replacement=False)
     ),
     "single items": lambda: DataLoader(
-        TensorDataset(torch.arange(24).view(24, 1)),
+        TensorDataset(torch.arange(MANY).view(MANY, 1)),
         batch_size=None,
-        sampler=RandomSampler(range(24)),
+        sampler=RandomSampler(range(MANY)),
         collate_fn=lambda item: item[0],
     ),
 }
@@ -361,7 +411,7 @@ def test_a_loop_goes_on_where_it_was(name: str, steps: int) -> None:
         assert before + remaining == expected[1]
         assert counted(taken(rest)) == expected[2]
     else:
-        assert sorted(remaining) == [*range(24)]
+        assert sorted(remaining) == [*range(MANY)]
 
 
 @ranks
@@ -375,7 +425,7 @@ def test_others_go_on_in_another_number() -> None:
         before = counted(taken(first, 2))
         rest = mz.shard(MAKERS[name](), world=alone)
         rest.load_state_dict(as_saved(first.state_dict()))
-        assert sorted(before + [s for batch in rest for s in batch.tolist()]) == [*range(24)]
+        assert sorted(before + [s for batch in rest for s in batch.tolist()]) == [*range(MANY)]
     alone.close()
 
 
@@ -454,6 +504,23 @@ def test_a_batch_sampler_alone_is_one_of_this_ranks_batches() -> None:
     seen = [tuple(batch) for rank in found for batch in rank]
     assert len({len(rank) for rank in found}) == 1
     assert {s for batch in seen for s in batch} == {*range(24)}
+
+
+@pytest.mark.parallel([4])
+def test_ranks_along_the_tensor_axis_see_the_same() -> None:
+    mesh = mz.mesh(dp=2, tp=2)
+    differing_seeds()
+    sampler = WeightedRandomSampler([1.0] * 24, 24, replacement=False)
+    for loader in (
+        mz.shard(DataLoader(Logged(), batch_sampler=Buckets()), world=mesh.dp),
+        mz.shard(DataLoader(Logged(), 2, sampler=sampler), world=mesh.dp),
+    ):
+        own = [(batch.tolist(), loader.weight) for batch in loader]
+        assert mesh.tp.gather_objects(own) == [own, own]
+        assert sorted(counted(mesh.dp.gather_objects(own))) == [*range(24)]
+    own_indices = [*mz.shard(sampler, world=mesh.dp)]
+    assert mesh.tp.gather_objects(own_indices) == [own_indices] * 2
+    assert sorted(s for each in mesh.dp.gather_objects(own_indices) for s in each) == [*range(24)]
 
 
 @several_ranks

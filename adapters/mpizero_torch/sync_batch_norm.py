@@ -37,8 +37,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         with self.world.telling():
             self._check_input_dim(input)
-        count = input.numel() // input.shape[1]
-        own, x = self._weighed(input)
+            own, x = self._weighed(input)
+        count = x.numel() // x.shape[1]
         result, mean, variance, total = _Normalise.apply(  # type: ignore[no-untyped-call]
             x, self.eps, self.world, float(count) if own > 0 else 0.0, own
         )

@@ -24,8 +24,10 @@ _APART = (
     nn.Module, Dataset, DataLoader, Sampler, World, torch.Generator, torch.dtype, torch.device,
     type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, ReferenceType,
 )  # fmt: skip
+_CONTAINERS = (tuple, list, deque, set, frozenset, dict)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_DEPTH = 12  # of objects within objects: deeper than batches are
+# How deep batches are: containers within containers, of which some are objects.
+_DEPTH, _OBJECTS = 16, 4
 
 
 def marked(batch: Any, mark: Mark) -> Any:
@@ -101,11 +103,11 @@ class _Rebuilding:
         self._children: dict[int, list[tuple[Any, Any]]] = {}
         self._parents: dict[int, list[int]] = {}
         self._new: dict[int, Any] = {}
-        self._explore(root, 0)
+        self._explore(root, 0, 0)
         self._affected = self._above([*self._new])
         self.result = self._renewed(root)
 
-    def _explore(self, value: Any, depth: int) -> None:
+    def _explore(self, value: Any, depth: int, objects: int) -> None:
         if isinstance(value, _PLAIN):
             self.others.append(value)
             return
@@ -117,14 +119,15 @@ class _Rebuilding:
             if now is not value:
                 self._new[id(value)] = now
             return
-        children = _children(value) if depth < _DEPTH else None
+        children = _children(value) if depth < _DEPTH and objects <= _OBJECTS else None
         if children is None:
             self.others.append(value)
             return
+        objects += not isinstance(value, _CONTAINERS)
         self._children[id(value)] = children
         for _, child in children:
             self._parents.setdefault(id(child), []).append(id(value))
-            self._explore(child, depth + 1)
+            self._explore(child, depth + 1, objects)
 
     def _above(self, places: list[int]) -> set[int]:
         """All that hold one of these, directly or not."""
@@ -192,7 +195,7 @@ class _Rebuilding:
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
     """What it holds, and where; None for what nobody can look into."""
     attributes = [*_attributes(value)]
-    if isinstance(value, tuple | list | deque | set | frozenset):
+    if isinstance(value, _CONTAINERS) and not isinstance(value, dict):
         return [*enumerate(value), *attributes]
     if isinstance(value, dict) or (isinstance(value, Mapping) and not attributes):
         return [*value.items(), *attributes]

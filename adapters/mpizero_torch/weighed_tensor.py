@@ -56,6 +56,8 @@ class Mark:
             each.escape(how, for_good, holder)
         if self.weight == 1.0:  # as everything else that is not marked
             return
+        if torch.compiler.is_compiling():  # the compiler looks at the tensors that it is given
+            return
         self.escaped = self.escaped or how
         with _lock:
             doubtful.add(self)
@@ -182,7 +184,9 @@ def _call(function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             answer = function(*args, **kwargs)
         if not isinstance(answer, torch.Tensor) or isinstance(answer, WeighedTensor):
-            return answer  # type() may convert
+            return answer
+        if asked == "_base":  # not a new tensor, but somebody's, who may know nothing of us
+            return answer
         return _results(answer, name, joint([*map(_mark, _marked(args))]), (), set())
     tensors, marked = [*_tensors((args, kwargs))], _marked((args, kwargs))
     mark = joint([*map(_mark, marked)])
@@ -259,9 +263,9 @@ def _results(
         if isinstance(result, WeighedTensor) or id(result) in known:
             return result
         if type(result) is torch.Tensor:
-            # torch's own, which others may know: a gradient, the base of a view.
-            kept = name in (".grad", "._grad", "._base")
-            return wrapped(result, mark) if kept else _become(result, mark)
+            # A gradient is torch's own, which others may know.
+            known_elsewhere = name in (".grad", "._grad")
+            return wrapped(result, mark) if known_elsewhere else _become(result, mark)
         mark.escape(_called(name), for_good=True)
     elif isinstance(result, tuple | list | dict) and not isinstance(result, _HARMLESS):
         for each in result.values() if isinstance(result, dict) else result:
@@ -320,11 +324,11 @@ def _called(name: str) -> str:
     return name if name.startswith(".") else f"{name}()"
 
 
-# Answers that hold no content, as all that begin with ``is_`` but one: what is asked about the form
-# of a batch does not follow it.
+# Answers that hold no content (unless they are tensors: type() may convert), as all that begin with
+# ``is_`` but one: what is asked about the form of a batch lets nothing escape.
 # fmt: off
 _QUESTIONS = frozenset([
-    "__dir__", "__dlpack_device__", "__hash__", "__len__", "_backward_hooks", "_is_view",
+    "__dir__", "__dlpack_device__", "__hash__", "__len__", "_backward_hooks", "_base", "_is_view",
     "_is_zerotensor", "_post_accumulate_grad_hooks", "_version", "can_cast",
     "dense_dim", "device", "dim", "dim_order", "dtype", "element_size", "get_device", "grad_fn",
     "has_names", "itemsize", "layout", "names", "nbytes", "ndim", "ndimension", "nelement", "numel",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpizero import MismatchError, MpizeroError, World
+from mpizero_torch.data.generators import Apart, advance
 
 # A message has so many bytes; what does not fit follows in a second one.
 _ROOM = 2048
@@ -37,18 +38,34 @@ class Followed:
             everyone.agree([f"{what}, as number {number}"], "what is followed as rank 0 draws it")
             self._tag = number % (messages.largest_tag + 1)
 
-    def read(self, deal: Callable[[], Iterator[Sequence[Any]]]) -> Iterator[Any]:
+    def read(
+        self, deal: Callable[[], Iterator[Sequence[Any]]], goes_on: bool = False
+    ) -> Iterator[Any]:
         """This rank's part of each thing that ``deal()`` yields on rank 0: one part for each rank.
 
         All ranks must read equally often, and as far. An exception there is raised on all ranks.
+        What it draws from the global generators of random numbers it draws apart from the program:
+        these move on by one number, the same on all ranks, unless it ``goes_on`` with what has been
+        begun before.
         """
         self._reading += 1
-        return self._lead(deal) if self._is_leader else self._follow(self._reading)
+        apart = Apart()
+        if not goes_on:
+            advance()
+        if self._is_leader:
+            return self._lead(deal, self._reading, apart)
+        return self._follow(self._reading)
 
-    def _lead(self, deal: Callable[[], Iterator[Sequence[Any]]]) -> Iterator[Any]:
-        reading = self._reading
+    def _lead(
+        self, deal: Callable[[], Iterator[Sequence[Any]]], reading: int, apart: Apart
+    ) -> Iterator[Any]:
         try:
-            for parts in deal():
+            dealing = deal()
+            while True:
+                with apart.drawing():
+                    parts = next(dealing, None)
+                if parts is None:
+                    break
                 for rank in range(1, self._everyone.size):
                     self._send(rank, reading, _PART, parts[rank])
                 yield parts[0]

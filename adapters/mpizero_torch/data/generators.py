@@ -1,9 +1,10 @@
-"""The random numbers that a sampler draws, as values that a checkpoint can hold."""
+"""The random numbers that a sampler draws: apart from the program's, and as values to save."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,59 @@ class Generators:
         return {name: _state(each) for name, each in self._own.items()}
 
     def all(self) -> dict[str, Any]:
-        """The same, and what the global ones will: of use for what is drawn from here on only."""
+        """The same, and what the global ones will."""
         return {**self.own(), **{f"global.{name}": _state(each) for name, each in _GLOBAL.items()}}
 
-    def set(self, states: Mapping[str, Any], with_global: bool) -> None:
-        """Let them draw what they drew at that time."""
-        known = {**self._own, **{f"global.{name}": each for name, each in _GLOBAL.items()}}
-        for name, state in states.items():
-            if name in known and (with_global or name in self._own):
-                _set(known[name], state)
+    def set_own(self, states: Mapping[str, Any]) -> None:
+        """Let the sampler's own draw what they drew at that time."""
+        _set_all(self._own, states)
+
+    def set(self, states: Mapping[str, Any]) -> None:
+        """Let all draw what they drew at that time."""
+        self.set_own(states)
+        _set_all({f"global.{name}": each for name, each in _GLOBAL.items()}, states)
+
+
+def are_of_an_epoch(states: Mapping[str, Any]) -> bool:
+    """Are they from where an epoch began (with the global ones), rather than from between two?"""
+    return any(name.startswith("global.") for name in states)
+
+
+class Apart:
+    """A course of the process's global generators of its own, which begins where they are.
+
+    For what one rank alone draws: the program's own course stays that of the other ranks, and what
+    is drawn does not depend on what the program draws meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._course = _course()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """In here the global generators are on this course, and go on with it next time."""
+        programs = _course()
+        _follow(self._course)
+        try:
+            yield
+        finally:
+            self._course = _course()
+            _follow(programs)
+
+
+def advance() -> None:
+    """Let the global generators be elsewhere than what has begun where they were."""
+    random.random(), np.random.random(), torch.empty((), dtype=torch.int64).random_()
+
+
+def _course() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _follow(course: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(course[0])
+    np.random.set_state(course[1])
+    torch.set_rng_state(course[2])
 
 
 def _found(sampler: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -56,6 +101,12 @@ def _state(generator: Any) -> Any:
         return generator.get_state(legacy=False)
     version, words, gauss = generator.getstate()
     return [version, np.array(words, np.uint32), gauss]
+
+
+def _set_all(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    for name, each in generators.items():
+        if name in states:
+            _set(each, states[name])
 
 
 def _set(generator: Any, state: Any) -> None:

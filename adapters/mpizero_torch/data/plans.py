@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from typing import Any
 
 from mpizero import ArgumentError, World
 from mpizero.sampling import ShardedBatches, Share
 from mpizero_torch.data.followed import Followed
-from mpizero_torch.data.generators import Generators
+from mpizero_torch.data.generators import Generators, are_of_an_epoch
 from mpizero_torch.data.sampler import tell_epoch
-from mpizero_torch.random_state import unchanged
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ class FollowedPlan(Plan):
 
     @property
     def data(self) -> dict[str, Any]:
-        counted = self.count if hasattr(self._sampler, "__len__") else None
+        counted = None
+        with suppress(TypeError):  # endless, or it does not say
+            counted = self.count
         return {"of": counted, "sampler": type(self._sampler).__name__}
 
     @property
@@ -149,7 +151,7 @@ class FollowedPlan(Plan):
 
     def set_epoch(self, epoch: int) -> None:
         if self._restored and self._is_leader:
-            self._generators.set(self._start, with_global=False)
+            self._generators.set_own(self._start)
         self._restored, self._check = False, 0
         self._tell(epoch)
 
@@ -166,10 +168,12 @@ class FollowedPlan(Plan):
     def begin(self, epoch: int, done: int) -> tuple[Iterator[Step], bool]:
         restored, self._restored = self._restored, False
         if restored and self._is_leader:
-            self._generators.set(self._start, with_global=False)
+            self._generators.set_own(self._start)
         check, self._check = (self._check, self._check) if restored else (0, 0)
-        start = self._start if restored and done else None
-        reading = self._followed.read(lambda: self._deal(start, done, check))
+        start = self._start if restored and are_of_an_epoch(self._start) else None
+        reading = self._followed.read(
+            lambda: self._deal(start, done, check), goes_on=start is not None
+        )
         self._start = next(reading)
         return self._steps(reading), self._may_be_uneven
 
@@ -194,20 +198,17 @@ class FollowedPlan(Plan):
         else:
             drawn = self._passed_over(start, done, check)
         cut = self._cut(drawn, done)
-        first = next(cut, None)  # at once: the sampler may draw its random numbers only now
         yield [start] * len(self._places)
-        for steps in () if first is None else chain([first], cut):
+        for steps in cut:
             yield [steps[place] for place in self._places]
         yield [self._generators.own()] * len(self._places)
 
     def _passed_over(self, start: dict[str, Any], done: int, check: int) -> _Checked:
-        # What passing over draws at random was drawn before the state was saved.
-        with unchanged():
-            self._generators.set(start, with_global=True)
-            drawn = _Checked(self._sampler)
-            for _ in islice(drawn, done):
-                pass
-        if drawn.check != check:
+        self._generators.set(start)
+        drawn = _Checked(self._sampler)
+        for _ in islice(drawn, done):
+            pass
+        if done and drawn.check != check:
             raise ArgumentError(
                 "load()", "loader", f"one whose {type(self._sampler).__name__} does not draw "
                 "again what it drew before the state was saved",
