@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,27 +28,13 @@ class Mesh(mpizero.Mesh):
     def device_mesh(self) -> DeviceMesh:
         """torch's DeviceMesh: for ``parallelize_module``, DTensor and pipelining.
 
-        Collective when it is first asked for. Works over the process group that there is, or
+        Collective when it is first asked for; its groups stay, and meshes that are alike have one.
+        Works over the process group that there is, or
         starts ``mpizero``'s. Raises ArgumentError if the process group has other ranks.
         """
         if self._device_mesh is None:
             self._device_mesh = self._make_device_mesh()
         return self._device_mesh
-
-    def close(self) -> None:
-        """Give the sub-worlds back, and destroy the groups that ``device_mesh`` has of its own.
-
-        Collective over the mesh's World, which stays, as does the default process group.
-        """
-        made, self._device_mesh = self._device_mesh, None
-        if made is not None:
-            import torch.distributed as dist
-
-            known = dist.distributed_c10d._world.pg_map  # what the user has not destroyed
-            for group in made.get_all_groups() if dist.is_initialized() else []:
-                if group in known and group is not dist.GroupMember.WORLD:
-                    dist.destroy_process_group(group)
-        super().close()
 
     def _make_device_mesh(self) -> DeviceMesh:
         import torch.distributed as dist
@@ -67,7 +53,21 @@ class Mesh(mpizero.Mesh):
         ranks = torch.as_tensor([self.world.job_ranks[rank] for rank in self.ranks.reshape(-1)])
         shape = tuple(self.shape.values())
         kind = self.world.device.kind
-        return DeviceMesh(kind, ranks.reshape(shape), mesh_dim_names=AXES)
+        # One for all meshes that are alike: torch takes equal ones for one another, and goes on with
+        # the groups of the first.
+        global _made_of
+        if _made_of is not dist.GroupMember.WORLD:
+            _made.clear()
+            _made_of = dist.GroupMember.WORLD
+        key = kind, shape, tuple(ranks.tolist())
+        if key not in _made:
+            _made[key] = DeviceMesh(kind, ranks.reshape(shape), mesh_dim_names=AXES)
+        return _made[key]
+
+
+# The DeviceMeshes of the default process group that there is.
+_made: dict[Any, DeviceMesh] = {}
+_made_of: Any = None
 
 
 def mesh(
