@@ -53,8 +53,8 @@ class Mesh(mpizero.Mesh):
         ranks = torch.as_tensor([self.world.job_ranks[rank] for rank in self.ranks.reshape(-1)])
         shape = tuple(self.shape.values())
         kind = self.world.device.kind
-        # One for all meshes that are alike: torch takes equal ones for one another, and goes on with
-        # the groups of the first.
+        # One for all meshes that are alike: torch takes equal ones for one another, and goes on
+        # with the groups of the first.
         global _made_of
         if _made_of is not dist.GroupMember.WORLD:
             _made.clear()
