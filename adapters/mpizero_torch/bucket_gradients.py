@@ -110,10 +110,11 @@ class BucketGradients:
         has: list[bool] = []
         views: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
+        merges = not self._merge.is_plain
         for index in members:
             parameter, view = self._parameters[index], self._views[index]
             gradient = parameter.grad
-            if not self._merge.is_plain and self._is_averaged(index):
+            if merges and self._is_averaged(index):
                 gradient = self._merged(index)
             if gradient is None:
                 has.append(False)
@@ -132,7 +133,8 @@ class BucketGradients:
                 if self._prescale != 1.0:
                     view.mul_(self._prescale)
                 continue
-            check_dense(gradient, self._names[index])
+            if gradient.is_sparse or gradient.requires_grad:
+                check_dense(gradient, self._names[index])
             if self._is_held(index):
                 self._lent[index] = view.clone()
             if self._any_cut:
