@@ -175,6 +175,10 @@ class DistributedModule(nn.Module):
         """
         return names.load_state_dict(self.module, state_dict, *args, **kwargs)
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The inner module's, which need no names."""
+        return names.uncompiled(self.module).parameters(recurse)
+
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
