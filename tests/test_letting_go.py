@@ -439,7 +439,8 @@ def test_cycles_are_looked_for_when_there_is_much(monkeypatch: pytest.MonkeyPatc
     for _ in range(15):
         Cycle(of_all(world))
         most = max(most, holdings.held())
-    assert most < before + 15  # how many were made
+    # Of 15 the first six are found; the next search comes at twice what remains, or at the end.
+    assert most <= before + 10
 
 
 @several_ranks
