@@ -6,7 +6,9 @@ memory has no name that could be left behind, and goes with the last process tha
 
     header          counters and states, of 8 bytes each
     ring            the last calls: when they began, were agreed upon and ended, what and where
-    texts           each description and line of code once; a call names them by their offset
+    texts           each lane and line of code once; a call names them by their offset
+    descriptions    of calls likewise, of which a program may make any number of different ones:
+                    two halves by turns, each with room for those of all calls in the ring
     stacks          of the main thread, which faulthandler writes at its own pace
     answer          of all threads, which the rank's own watchdog writes when it is asked
 """
@@ -26,9 +28,13 @@ FIELDS = 8  # of a call, 8 bytes each
 _HEADER_BYTES, _ENTRY_BYTES = 4096, 8 * FIELDS
 RING_START = _HEADER_BYTES
 TEXT_START = RING_START + RING * _ENTRY_BYTES
-_TEXT_BYTES = 512 << 10
-STACK_START = TEXT_START + _TEXT_BYTES
-STACK_BYTES = ANSWER_BYTES = 1 << 20  # take memory as far as they are written
+_TEXT_BYTES = 512 << 10  # as all that follow: takes memory as far as it is written
+DESCRIPTION_START = TEXT_START + _TEXT_BYTES
+_LENGTH = struct.Struct("<H")
+_LONGEST_TEXT = 1000
+_HALF_BYTES = RING * (_LENGTH.size + _LONGEST_TEXT)
+STACK_START = DESCRIPTION_START + 2 * _HALF_BYTES
+STACK_BYTES = ANSWER_BYTES = 1 << 20
 ANSWER_START = STACK_START + STACK_BYTES
 NBYTES = ANSWER_START + ANSWER_BYTES
 
@@ -59,8 +65,6 @@ NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES = range(FIELDS)
 _SEQUENCE_BITS = 24  # SEQUENCE_BYTES = nbytes << 24 | sequence number modulo 2^24
 
 ENTRY = struct.Struct(f"<{FIELDS}q")
-_LENGTH = struct.Struct("<H")
-_LONGEST_TEXT = 1000
 
 
 @dataclass(frozen=True)
@@ -219,34 +223,75 @@ class Record:
         )
 
 
+class _Region:
+    """A stretch of a record that texts are appended to."""
+
+    def __init__(self, record: Record, start: int, end: int) -> None:
+        self._memory, self._start, self._end = record.memory, start, end
+        self._next = start
+
+    def append(self, text: str) -> int | None:
+        """The offset of ``text``; None if there is no room for it."""
+        data = text.encode()[:_LONGEST_TEXT]
+        at, after = self._next, self._next + _LENGTH.size + len(data)
+        if after > self._end:
+            return None
+        _LENGTH.pack_into(self._memory, at, len(data))
+        self._memory[at + _LENGTH.size : after] = data
+        self._next = after
+        return at
+
+    def clear(self) -> None:
+        self._next = self._start
+
+
 class Texts:
-    """Puts texts into a record, each once."""
+    """Puts texts into a record, each once: as many as a program has lines and lanes."""
 
     def __init__(self, record: Record) -> None:
-        self._record = record
-        self.known: dict[str, int] = {}
-        self._end = TEXT_START
+        self._region = _Region(record, TEXT_START, DESCRIPTION_START)
+        self._known: dict[str, int] = {}
         self._lock = threading.Lock()
         self._full = self.put("(a name; there is no room for more of them)")
 
     def put(self, text: str) -> int:
-        """The offset of ``text``."""
-        found = self.known.get(text)
+        """The offset of ``text``, for ever."""
+        found = self._known.get(text)
         if found is not None:
             return found
         with self._lock:  # the program and the progress thread both name their calls
-            return self._append(text)
+            at = self._region.append(text)
+            if at is None:
+                return self._full
+            self._known[text] = at
+            return at
 
-    def _append(self, text: str) -> int:
-        data = text.encode()[:_LONGEST_TEXT]
-        if self._end + 2 + len(data) > STACK_START:
-            return self._full
-        at = self._end
-        _LENGTH.pack_into(self._record.memory, at, len(data))
-        self._record.memory[at + 2 : at + 2 + len(data)] = data
-        self._end = at + 2 + len(data)
-        self.known[text] = at
-        return at
+
+class Descriptions:
+    """Puts descriptions of calls into a record, for as long as the ring has these calls.
+
+    A half is written anew once the other is full. That has then got more descriptions than the
+    ring has calls, so no call in the ring has its description in the half that is given up.
+    """
+
+    def __init__(self, record: Record) -> None:
+        starts = DESCRIPTION_START, DESCRIPTION_START + _HALF_BYTES
+        self._half, self._other = (_Region(record, at, at + _HALF_BYTES) for at in starts)
+        self.known: dict[str, int] = {}  # those of the half that is being written
+        self._lock = threading.Lock()
+
+    def put(self, text: str) -> int:
+        """The offset of ``text``, for the call that begins."""
+        with self._lock:
+            at = self._half.append(text)
+            if at is None:
+                self._half, self._other = self._other, self._half
+                self._half.clear()
+                self.known.clear()
+                at = self._half.append(text)
+                assert at is not None
+            self.known[text] = at
+            return at
 
 
 def create_record(rank: int, size: int) -> tuple[Record, int]:

@@ -34,6 +34,7 @@ from mpizero.diagnostics.record import (
     ENTRY,
     RING,
     RING_START,
+    Descriptions,
     Texts,
     create_record,
 )
@@ -95,7 +96,7 @@ class Recorder:
 
     def __init__(self, rank: int, size: int) -> None:
         self.record, self.fd = create_record(rank, size)
-        self.texts = Texts(self.record)
+        self.texts, self.descriptions = Texts(self.record), Descriptions(self.record)
         self.listener: Listener | None = None
         self._memory = self.record.memory
         self._next = count(1).__next__  # threads may draw at once
@@ -202,7 +203,7 @@ class Lane:
         self.recorder, self.name = recorder, name
         self._take_back = take_back
         self._text = recorder.texts.put(name)
-        self._put, self._known = recorder.texts.put, recorder.texts.known
+        self._put, self._known = recorder.descriptions.put, recorder.descriptions.known
         self._memory, self._words = recorder._memory, recorder._words
         self._next = recorder._next
         self.sequence = sequence  # of the last call
