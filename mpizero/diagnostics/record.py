@@ -244,6 +244,11 @@ class _Region:
     def clear(self) -> None:
         self._next = self._start
 
+    @property
+    def nbytes(self) -> int:
+        """How many have been written."""
+        return self._next - self._start
+
 
 class Texts:
     """Puts texts into a record, each once: as many as a program has lines and lanes."""
@@ -253,6 +258,11 @@ class Texts:
         self._known: dict[str, int] = {}
         self._lock = threading.Lock()
         self._full = self.put("(a name; there is no room for more of them)")
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of texts there are."""
+        return self._region.nbytes
 
     def put(self, text: str) -> int:
         """The offset of ``text``, for ever."""

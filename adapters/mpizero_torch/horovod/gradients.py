@@ -17,7 +17,8 @@ from torch import nn
 from mpizero import MpizeroError, World
 from mpizero.engine import GradientReducer, ParameterSpec, Weight, take_lane
 from mpizero_torch import tensors
-from mpizero_torch.bucket_gradients import BucketGradients, layout
+from mpizero_torch.bucket_gradients import BucketGradients
+from mpizero_torch.bucket_places import layout
 from mpizero_torch.horovod.allgather import gather_rows
 from mpizero_torch.horovod.compression import Compressor
 from mpizero_torch.horovod.negotiation import Handle, stand_in
