@@ -127,6 +127,30 @@ def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
 
 
 @several_ranks
+@pytest.mark.parametrize("what", ["gradient", "part"])
+def test_gradients_that_are_kept_stay_when_parameters_get_another_dtype(what: str) -> None:
+    """Their memory is no place of the parameters' any more, and is reduced all the same."""
+    net, model = wrapped()
+    for number in range(2):  # the second lies where gradients lie from then on
+        loss_of(model, "abc", number).backward()
+        gradient = net.c.weight.grad
+        assert gradient is not None
+        kept = gradient if what == "gradient" else gradient[0]
+        del gradient
+        model.zero_grad()
+    values = kept.clone()
+    net.c.to(torch.bfloat16)
+    for number in range(2, 5):
+        loss_of(model, "ab", number).backward()
+        assert torch.equal(kept, values)
+        model.zero_grad()
+    net.c.to(torch.float64)
+    for number in range(5, 7):
+        loss_of(model, "abc" if number == 6 else "ab", number).backward()
+        assert torch.equal(kept, values)
+
+
+@several_ranks
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_mean_of_a_frozen_layer_is_left_alone_by_weights(kept: bool) -> None:
     """Also where passes in between stay on the rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 import torch
@@ -39,10 +39,9 @@ class BucketGradients:
         self._layouts = list(layouts)
         self._own, self._prescale = own, prescale
         self._any_cut = any(slices.is_slice(parameter) for parameter in self._parameters)
-        self._bucket_of: dict[int, Bucket] = {}
-        self._memories: dict[int, BucketMemory] = {}  # by the numbers of parameters that lie there
-        self._places: dict[int, Place] = {}
-        self._lent: dict[int, torch.Tensor] = {}  # in a pass: what others hold of that memory
+        self._memories: dict[int, BucketMemory] = {}  # by the identity of buckets
+        self._places: dict[int, Place] = {}  # the latest of each parameter
+        self._lent: dict[Place, torch.Tensor] = {}  # in a pass: what others hold of that memory
         self._aside: dict[int, torch.Tensor] = {}  # gradients kept from before the pass
         self._merge = Merge()
         # Parameters whose gradients have stayed on this rank.
@@ -59,22 +58,26 @@ class BucketGradients:
         reducer = self._reducer()
         if reducer is None or self._generation == reducer.generation:
             return
-        self._generation = reducer.generation
+        self._generation, before = reducer.generation, self._memories
+        self._memories = {}
         for bucket in reducer.pieces:
-            flat = tensors.as_tensor(bucket.flat)
-            new = [
-                index
-                for index in bucket.members
-                if reducer.bucket_of(index) is bucket and self._bucket_of.get(index) is not bucket
-            ]
-            memory, places = BucketMemory(flat), []
-            for index in new:
-                self._bucket_of[index], self._memories[index] = bucket, memory
-                offset = bucket.layout.entries[str(index)].offset
-                places.append(Place(self._parameters[index], flat, offset, self._layouts[index]))
-            self._places.update(zip(new, places, strict=True))
-            del flat
-            memory.serve(places)
+            memory = before.get(id(bucket)) or self._lay_out(bucket)
+            self._memories[id(bucket)] = memory
+            for index, place in memory.places.items():
+                if reducer.bucket_of(index) is bucket:
+                    self._places[index] = place
+
+    def _lay_out(self, bucket: Bucket) -> BucketMemory:
+        flat = tensors.as_tensor(bucket.flat)
+        offsets = [bucket.layout.entries[str(index)].offset for index in bucket.members]
+        places = [
+            Place(self._parameters[index], flat, offset, self._layouts[index])
+            for index, offset in zip(bucket.members, offsets, strict=True)
+        ]
+        memory = BucketMemory(bucket, flat)
+        del flat
+        memory.serve(bucket.members, places)
+        return memory
 
     def trained(self) -> list[bool]:
         """For each parameter: has it a gradient that is to be averaged, or will it get one?"""
@@ -83,25 +86,26 @@ class BucketGradients:
             found[index] = True
         return found
 
-    def fill(self, members: Sequence[int]) -> list[bool]:
-        """Bring the gradients of parameters of one bucket into it; says which there are.
+    def fill(self, bucket: Bucket, members: Sequence[int]) -> list[bool]:
+        """Bring the gradients of these members of a bucket into it; says which there are.
 
         The first gradients of a step arrive in memory of autograd's own: one copy, for a whole
         bucket in one call, where accumulating into zeroed buckets would read and write them twice
         more.
         """
         self._see()
-        if not members:
-            return []
-        memory = self._memories[members[0]]
+        memory = self._memories[id(bucket)]
         merges, keeps_view = not self._merge.is_plain, not self._own
         is_whole = not merges and keeps_view and self._prescale == 1.0
-        if is_whole and len(members) == memory.count and memory.take_all():
+        everyone = len(members) == len(memory.places)
+        if is_whole and everyone and memory.take_all():
             return [True] * len(members)
         has: list[bool] = []
         views: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         held = keeps_view and memory.is_held()
+        if keeps_view and not everyone:
+            self._lend(memory, held, apart_from=members)
         for index in members:
             place = self._places[index]
             parameter = place.parameter
@@ -117,7 +121,7 @@ class BucketGradients:
                 continue
             is_lent = shares or (keeps_view and (held or place.is_given_away()))
             if is_lent:
-                self._lent[index] = place.view.clone()
+                self._lent[place] = place.view.clone()
             if gradient is None or not comes:
                 continue
             if gradient.is_sparse or gradient.requires_grad:
@@ -149,7 +153,7 @@ class BucketGradients:
         for index, place in self._places.items():
             if not anywhere[index]:
                 continue
-            if keeps_view and index not in self._lent:
+            if keeps_view and place not in self._lent:
                 parameter = place.parameter
                 if parameter.grad is place.alias:
                     continue
@@ -160,8 +164,8 @@ class BucketGradients:
             sources.append(place.view)
         if targets:
             torch._foreach_copy_(targets, sources)
-        for index, values in self._lent.items():
-            self._places[index].view.copy_(values)
+        for place, values in self._lent.items():
+            place.view.copy_(values)
         self._lent.clear()
         self.bring_back()
         self.unreduced.clear()
@@ -171,10 +175,15 @@ class BucketGradients:
         self._see()
         if self._own:
             return
-        held = {memory: memory.is_held() for memory in self._memories.values()}
-        for index, place in self._places.items():
-            if held[self._memories[index]] or place.is_given_away():
-                self._lent[index] = place.view.clone()
+        for memory in self._memories.values():
+            self._lend(memory, memory.is_held(), apart_from=())
+
+    def _lend(self, memory: BucketMemory, held: bool, *, apart_from: Collection[int]) -> None:
+        """Keep what others hold, also where gradients lay that have another place now."""
+        apart = set(apart_from)
+        for index, place in memory.places.items():
+            if index not in apart and (held or place.is_given_away()):
+                self._lent[place] = place.view.clone()
 
     def give_back(self) -> None:
         """There was no such pass."""

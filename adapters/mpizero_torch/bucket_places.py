@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpizero.engine.buckets import Bucket
 from mpizero_torch import slices
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
@@ -84,12 +85,14 @@ class BucketMemory:
     Looks at all of them in few calls: there may be hundreds, in a step of some milliseconds.
     """
 
-    def __init__(self, flat: torch.Tensor) -> None:
+    def __init__(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        self._bucket = bucket  # it is known by its identity, which must not be another's
         self._storage = flat.untyped_storage()
         self._dtypes = {flat.dtype}
 
-    def serve(self, places: Sequence[Place]) -> None:
-        """These lie in it; whatever holds the memory now is ours."""
+    def serve(self, numbers: Sequence[int], places: Sequence[Place]) -> None:
+        """These lie in it, by their numbers; whatever holds the memory now is ours."""
+        self.places = dict(zip(numbers, places, strict=True))
         self._places = list(places)
         self._parameters = [place.parameter for place in places]
         self._views = [place.view for place in places]
@@ -103,11 +106,6 @@ class BucketMemory:
             place.alone = sys.getrefcount(place.alias)
         self._alone = max(map(sys.getrefcount, self._aliases), default=0)
         self._uses = _uses(self._storage)
-
-    @property
-    def count(self) -> int:
-        """How many places there are."""
-        return len(self._places)
 
     def is_held(self) -> bool:
         """Does somebody hold the memory, from after an earlier pass? (Aliases apart.)

@@ -25,10 +25,10 @@ class GradientReducer(ReducedPasses):
     """Buckets for the gradients of ``specs``, and their all-reduction over the lane's ranks.
 
     ``allocate(count, dtype)`` gives zeroed flat memory where gradients shall lie. ``stream()`` is
-    the raw CUDA stream on which device gradients have been computed. ``fill(members)`` puts what
-    gradients there are of these parameters into their views, just before they are reduced, and
-    says of each whether there is one; by default those that were ``ready`` are there. ``divisor``:
-    what sums are divided by, in place of the weights that ranks bring.
+    the raw CUDA stream on which device gradients have been computed. ``fill(bucket, members)``
+    puts what gradients there are of these members into their views, just before they are reduced,
+    and says of each whether there is one; by default those that were ``ready`` are there.
+    ``divisor``: what sums are divided by, in place of the weights that ranks bring.
 
     ``trained()`` says of each parameter whether it has, or gets, a gradient of this rank's.
     Parameters that no rank trains have no place in a bucket, and a bucket in which no rank trains
@@ -48,7 +48,7 @@ class GradientReducer(ReducedPasses):
         bucket_bytes: int | None = None,
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
-        fill: Callable[[Sequence[int]], Sequence[bool]] | None = None,
+        fill: Callable[[Bucket, Sequence[int]], Sequence[bool]] | None = None,
         trained: Callable[[], Sequence[bool]] | None = None,
         reformed: Callable[[], Mapping[int, ParameterSpec]] = dict,
         divisor: float | None = None,
@@ -119,7 +119,10 @@ class GradientReducer(ReducedPasses):
 
     def _trained(self) -> Sequence[bool]:
         trained = self._is_trained
-        return [any(trained[index] for index in bucket.members) for bucket in self._buckets]
+        if not self._any_moved:
+            return [any(trained[index] for index in bucket.members) for bucket in self._buckets]
+        of = self._bucket_of
+        return [any(trained[i] and of[i] is b for i in b.members) for b in self._buckets]
 
     def _announce(self, news: News, merge: Merge) -> Opening:
         self._arrivals = None if self._order_is_final else []
@@ -181,15 +184,15 @@ class GradientReducer(ReducedPasses):
         if self._shadows:
             return [False] * len(bucket.members)
         if not self._late and not self._any_moved:
-            return self._filled(bucket.members)
+            return self._filled(bucket, bucket.members)
         here = [i for i in bucket.members if self._bucket_of[i] is bucket and i not in self._late]
-        has = dict(zip(here, self._filled(here), strict=True))
+        has = dict(zip(here, self._filled(bucket, here), strict=True))
         return [has.get(index, False) for index in bucket.members]
 
-    def _filled(self, members: Sequence[int]) -> Sequence[bool]:
+    def _filled(self, bucket: Bucket, members: Sequence[int]) -> Sequence[bool]:
         if self._fill is None:
             return [self._came[index] > 0 for index in members]
-        return self._fill(members)
+        return self._fill(bucket, members)
 
     def _are_fresh(self, members: Sequence[int], has: Sequence[bool]) -> Sequence[bool]:
         """Which gradients have come since the last mean."""
