@@ -131,13 +131,14 @@ def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
 def test_gradients_that_are_kept_stay_when_parameters_get_another_dtype(what: str) -> None:
     """Their memory is no place of the parameters' any more, and is reduced all the same."""
     net, model = wrapped()
-    for number in range(2):  # the second lies where gradients lie from then on
-        loss_of(model, "abc", number).backward()
-        gradient = net.c.weight.grad
-        assert gradient is not None
-        kept = gradient if what == "gradient" else gradient[0]
-        del gradient
+    for number in range(2):  # the second's gradients lie where they lie from then on
         model.zero_grad()
+        loss_of(model, "abc", number).backward()
+    gradient = net.c.weight.grad
+    assert gradient is not None
+    kept = gradient if what == "gradient" else gradient[0]
+    del gradient
+    model.zero_grad()
     values = kept.clone()
     net.c.to(torch.bfloat16)
     for number in range(2, 5):
