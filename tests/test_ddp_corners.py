@@ -127,6 +127,38 @@ def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
 
 
 @several_ranks
+@pytest.mark.parametrize("stated", ["before", "after"])
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_a_weight_that_was_stated_for_a_frozen_module_is_not_the_next_ones(
+    weight: float, stated: str
+) -> None:
+    """Its backward pass has come, and has asked for no gradient of a parameter."""
+    net, model = wrapped()
+    net.requires_grad_(False)
+    model.weigh(weight)
+    loss_of(model, "abc").backward()
+    net.requires_grad_(True)
+    if stated == "before":
+        model.weigh(1.0 + model.world.rank)
+    loss = loss_of(model, "abc", 1)
+    if stated == "after":
+        model.weigh(1.0 + model.world.rank)
+    loss.backward()
+    found = [taken(each.grad) for each in net.parameters()]
+    net.zero_grad()
+    means = []
+    for rank in range(model.world.size):
+        alone = Net(Shape(), 3)
+        x = seeded(8 + rank, 3, 4).requires_grad_()
+        taken(alone(x, "abc")).square().mean().backward()
+        means.append([taken(each.grad) * (1.0 + rank) for each in alone.parameters()])
+    whole = sum(range(1, model.world.size + 1))
+    for gradient, *terms in zip(found, *means, strict=True):
+        torch.testing.assert_close(gradient, sum(terms) / whole, rtol=1e-12, atol=1e-12)
+    loss_of(model, "abc").backward()  # without a weight: none is stated for it
+
+
+@several_ranks
 @pytest.mark.parametrize("what", ["gradient", "part"])
 def test_gradients_that_are_kept_stay_when_parameters_get_another_dtype(what: str) -> None:
     """Their memory is no place of the parameters' any more, and is reduced all the same."""

@@ -87,7 +87,7 @@ class DistributedModule(nn.Module):
     def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
-            counted = float(weight.value > 0) if weight.stated else weight.value
+            counted = float(weight is not batch_weight.IDLE) if weight.stated else weight.value
             self._hooks.watch_output(output, counted)
         return batch_weight.fed_on(output)
 
