@@ -21,7 +21,8 @@ from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.state import ShardedState, Sharding
-from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
+from mpizero_torch.sharding.schedule import UnitSchedule
+from mpizero_torch.sharding.units import Unit, find_units
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -63,7 +64,8 @@ class ShardedModule(DistributedModule):
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]
-            self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
+            memory = self._state.memory
+            self._schedule = UnitSchedule(module, self._units, parameters, memory, group.world)
         self._hooks = self._make_hooks()
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
         self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
@@ -149,7 +151,7 @@ class ShardedModule(DistributedModule):
 
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.let_all_go()
         self._versions = self._current_versions()
 
     @property
@@ -223,7 +225,7 @@ class ShardedModule(DistributedModule):
         if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
             raise no_gradients("optimizer.step()")
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.before_update()
         self._state.memory.settle()
 
     def should_update(self) -> bool:
@@ -233,6 +235,8 @@ class ShardedModule(DistributedModule):
     def after_update(self) -> None:
         """This rank's shards have been updated: publish them. Collective."""
         self._state.memory.publish()
+        if self._schedule is not None:
+            self._schedule.after_update()
 
     @property
     def keeps_state_aside(self) -> bool:
