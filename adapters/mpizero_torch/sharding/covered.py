@@ -133,9 +133,10 @@ def _told(function: Any, name: str) -> str:
 def _is_of_form(function: Any, name: str) -> bool:
     """Does it ask for what is known without the values?"""
     if name in _OF_PROPERTIES:
-        slot = getattr(function, "__self__", None)
+        slot: Any = getattr(function, "__self__", None)
         # A property in Python: who knows what it does.
-        return isinstance(slot, _SLOT) and slot.__name__ not in _OF_VALUES
+        is_slot = isinstance(slot, _SLOT)
+        return is_slot and getattr(slot, "__name__", "") not in _OF_VALUES
     return name in _OF_FORM
 
 

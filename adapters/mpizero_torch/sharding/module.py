@@ -20,8 +20,8 @@ from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
-from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.schedule import UnitSchedule
+from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, find_units
 from mpizero_torch.wrapper import DistributedModule
 

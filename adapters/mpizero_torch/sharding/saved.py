@@ -15,6 +15,7 @@ import torch
 
 from mpizero import MpizeroError
 from mpizero_torch import slices
+from mpizero_torch.sharding.whole_space import hooks_are_allowed, storage_address
 
 if TYPE_CHECKING:
     from mpizero_torch.sharding.schedule import UnitSchedule
@@ -25,7 +26,7 @@ class Place(NamedTuple):
 
     unit: int
     space: int  # the number of the unit's space
-    offset: int
+    offset: Any
     size: Any
     stride: Any
     dtype: torch.dtype
@@ -44,7 +45,7 @@ class SavedTensors:
         def pack(tensor: torch.Tensor) -> Any:
             own = slices.local(tensor) if any_cut else tensor
             try:
-                at = places.get(torch._C._storage_address(own))
+                at = places.get(storage_address(own))
             except NotImplementedError:  # a tensor of another kind, as sparse ones are
                 at = None
             if at is None or own.is_conj() or own.is_neg():
@@ -74,7 +75,7 @@ class SavedTensors:
         Where the user's own hooks are at work (a checkpoint's, or those that offload activations)
         they stay in charge: what is kept under them is theirs, and keeps its memory.
         """
-        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if not hooks_are_allowed():
             return False  # within a transform of torch.func
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)

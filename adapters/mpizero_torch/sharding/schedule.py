@@ -68,9 +68,10 @@ class UnitSchedule:
         self._asked: list[Unit] = []  # held for who last asked for values, of no module's forward
         self._backward: dict[Unit, set[int]] = {}  # held in backward: gradients not come yet
         self._run = -1  # of autograd's engine, whose end is awaited
+        self._handles: list[Any] = []  # of hooks on modules: as many as there are, for good
         for part in module.modules():
             own = [self._unit_of[id(p)] for p in part.parameters(recurse=False)]
-            watch_calls(part, self, list(dict.fromkeys(own)))
+            self._handles += watch_calls(part, self, list(dict.fromkeys(own)))
             part._parameters = WatchedParameters(part._parameters, self)
         register(self._parameters, self.lend)
 

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import get_gradient_edge, increment_version
 
 from mpizero import MpizeroError
 from mpizero.engine import ParameterMemory
 from mpizero.progress import Handle
 from mpizero_torch import slices
 from mpizero_torch.sharding.covered import covered
-from mpizero_torch.sharding.whole_space import WholeSpace
+from mpizero_torch.sharding.whole_space import WholeSpace, hooks_are_allowed
 
-__all__ = ["Unit", "WholeSpace", "Where", "find_units"]
+__all__ = ["Unit", "Where", "WholeSpace", "find_units"]
 
 
 class Where(Enum):
@@ -155,10 +156,11 @@ class Unit:
     def _is_held(self) -> bool:
         if any(whole.is_held for _, whole in self.spaces):
             return True
-        return self.is_exposed and any(
-            slices.local(parameter)._use_count() > 1  # type: ignore[attr-defined]
-            for parameter, _ in self.parameters
-        )
+        if not self.is_exposed:
+            return False
+        if not hooks_are_allowed():  # still in there
+            return True
+        return any(_is_kept(parameter) for parameter, _ in self.parameters)
 
     def _set_classes(self, *, shown: bool) -> None:
         for parameter, kind in self.parameters:
@@ -211,3 +213,12 @@ def find_units(
                 yield from cut(f"{name}.{child_name}" if name else child_name, child)
 
     return list(cut("", module))
+
+
+def _is_kept(parameter: nn.Parameter) -> bool:
+    """Does something in C++, as autograd's nodes, hold the parameter itself?"""
+    own: Any = slices.local(parameter)
+    with torch._C.DisableTorchFunctionSubclass():
+        # Python's object, and the node that adds its gradients up, which is there for now.
+        node = get_gradient_edge(own).node if own.requires_grad else None
+        return bool(own._use_count() > 1 + (node is not None))

@@ -35,14 +35,23 @@ class WatchedParameters(dict):  # type: ignore[type-arg]
         return dict, (dict(self),)
 
 
-def watch_calls(part: nn.Module, schedule: UnitSchedule, own: Sequence[Unit]) -> None:
-    """Tell the schedule when ``part``, which has parameters of the units ``own``, runs."""
-    part.register_forward_pre_hook(_Begin(schedule, own))
-    part.register_forward_hook(_End(schedule), always_call=True)
+def watch_calls(part: nn.Module, schedule: UnitSchedule, own: Sequence[Unit]) -> list[Any]:
+    """Tell the schedule when ``part``, which has parameters of the units ``own``, runs.
+
+    Returns the handles of hooks.
+    """
+    return [
+        part.register_forward_pre_hook(_Begin(schedule, own)),
+        part.register_forward_hook(_End(schedule), always_call=True),
+    ]
 
 
 def _nothing(*_: Any) -> None:
     """The hook of a copy."""
+
+
+def _hook_of_a_copy() -> Any:
+    return _nothing
 
 
 class _Hook:
@@ -53,7 +62,7 @@ class _Hook:
         return _nothing
 
     def __reduce__(self) -> Any:
-        return "_nothing"
+        return _hook_of_a_copy, ()
 
 
 class _Begin(_Hook):

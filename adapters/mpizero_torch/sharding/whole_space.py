@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ import torch
 from torch import nn
 
 from mpizero_torch import slices, tensors
+
+# By which tensors of the same memory know each other, whether it is there or not.
+storage_address: Callable[[torch.Tensor], int] = vars(torch._C)["_storage_address"]
+
+# May what autograd saves be seen? Not within the transforms of torch.func.
+hooks_are_allowed: Callable[[], bool] = vars(torch._C._autograd)["_saved_tensors_hooks_is_enabled"]
 
 
 class WholeSpace:
@@ -28,7 +35,7 @@ class WholeSpace:
     @property
     def address(self) -> int:
         """What tells this memory from others, whether it is there or not."""
-        return int(torch._C._storage_address(self.flat))
+        return storage_address(self.flat)
 
     @property
     def is_held(self) -> bool:
@@ -68,8 +75,9 @@ class WholeSpace:
             slices.move(parameter, self.flat[place].view(shape))
 
     def make(self) -> Any:
-        """Take memory; returns it as an array of the core."""
-        self.flat.untyped_storage().resize_(self._nbytes)
+        """Take memory, where it is not there; returns it as an array of the core."""
+        if self.nbytes != self._nbytes:
+            self.flat.untyped_storage().resize_(self._nbytes)
         if self.flat.device.type != "cpu":
             return tensors.as_array(self.flat)
         # Not flat.numpy(): that would pin the storage to its size for good.
