@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -98,6 +100,7 @@ class ShardedModule(DistributedModule):
     def state(self) -> ShardedState:
         return self._state
 
+    @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
         self._check_unwritten()
@@ -380,6 +383,7 @@ class ShardedModule(DistributedModule):
         # Writing to a DTensor counts for its own part, and for itself.
         return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
 
+    @as_it_is
     def _check_unwritten(self) -> None:
         """Shared memory written to by every rank would have been written to n times."""
         if self._sharding.how != COMMON or self._state.group.inner.size == 1:

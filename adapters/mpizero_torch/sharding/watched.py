@@ -6,10 +6,15 @@ A copy of the module has nothing to do with the schedule: it gets plain dicts, a
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from mpizero import ArgumentError
+from mpizero_torch import compiling
+from mpizero_torch.compiling import as_it_is
 
 if TYPE_CHECKING:
     from mpizero_torch.sharding.schedule import UnitSchedule
@@ -66,10 +71,20 @@ class _Hook:
 
 
 class _Begin(_Hook):
+    # Not recursive: then what it calls can still tell that something is being compiled.
+    @functools.partial(as_it_is, recursive=False)
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if compiling.is_under_way():
+            raise ArgumentError(
+                "torch.compile()", "model",
+                f"a {type(module).__name__} of a model at stage 3 without shared parameters",
+                "models at stages 0 to 2, or with shared parameters",
+                "Its parameters come and go while it runs, which a compiled graph does not know.",
+            )  # fmt: skip
         self._schedule.begin(module, self._own)
 
 
 class _End(_Hook):
+    @as_it_is
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self._schedule.end(module)
