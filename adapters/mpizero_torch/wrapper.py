@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,21 +15,11 @@ from mpizero import MpizeroError, World
 from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
 from mpizero_torch import batch_weight, names, slices
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
 from mpizero_torch.torch_surface import lacking
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _as_it_is(function: _F, recursive: bool = True) -> _F:
-    """A function that torch.compile leaves alone, and without ``recursive`` not what it calls.
-
-    (torch.compiler.disable would import all of dynamo with this module.)
-    """
-    disabled: _F = vars(torch)["_disable_dynamo"](function, recursive=recursive)
-    return disabled
 
 
 class DistributedModule(nn.Module):
@@ -67,7 +57,7 @@ class DistributedModule(nn.Module):
         """Before a pass: see to it that the parameters' gradients are noticed."""
 
     # The inner module is what torch.compile may compile; what is around it runs as it is.
-    @functools.partial(_as_it_is, recursive=False)
+    @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
         weight, (args, kwargs) = self._before_forward(args, kwargs)
@@ -75,7 +65,7 @@ class DistributedModule(nn.Module):
             output = self.module(*args, **kwargs)
         return self._after_forward(output, weight)
 
-    @_as_it_is
+    @as_it_is
     def _before_forward(self, args: Any, kwargs: Any) -> tuple[Weight, tuple[Any, Any]]:
         if torch.is_grad_enabled():
             self._watch_parameters()
@@ -83,7 +73,7 @@ class DistributedModule(nn.Module):
                 self._hooks.check_last_pass()
         return batch_weight.fed((args, kwargs), self._stated)
 
-    @_as_it_is
+    @as_it_is
     def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.

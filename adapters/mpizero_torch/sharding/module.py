@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -20,8 +22,9 @@ from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
+from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.state import ShardedState, Sharding
-from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
+from mpizero_torch.sharding.units import Unit, find_units
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -63,7 +66,8 @@ class ShardedModule(DistributedModule):
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]
-            self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
+            memory = self._state.memory
+            self._schedule = UnitSchedule(module, self._units, parameters, memory, group.world)
         self._hooks = self._make_hooks()
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
         self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
@@ -96,6 +100,7 @@ class ShardedModule(DistributedModule):
     def state(self) -> ShardedState:
         return self._state
 
+    @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
         self._check_unwritten()
@@ -149,7 +154,7 @@ class ShardedModule(DistributedModule):
 
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.let_all_go()
         self._versions = self._current_versions()
 
     @property
@@ -223,7 +228,7 @@ class ShardedModule(DistributedModule):
         if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
             raise no_gradients("optimizer.step()")
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.before_update()
         self._state.memory.settle()
 
     def should_update(self) -> bool:
@@ -233,6 +238,8 @@ class ShardedModule(DistributedModule):
     def after_update(self) -> None:
         """This rank's shards have been updated: publish them. Collective."""
         self._state.memory.publish()
+        if self._schedule is not None:
+            self._schedule.after_update()
 
     @property
     def keeps_state_aside(self) -> bool:
@@ -376,6 +383,7 @@ class ShardedModule(DistributedModule):
         # Writing to a DTensor counts for its own part, and for itself.
         return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
 
+    @as_it_is
     def _check_unwritten(self) -> None:
         """Shared memory written to by every rank would have been written to n times."""
         if self._sharding.how != COMMON or self._state.group.inner.size == 1:
