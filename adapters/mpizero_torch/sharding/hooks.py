@@ -11,6 +11,7 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense, times
+from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 from mpizero_torch.sharding.units import UnitSchedule
 
@@ -39,6 +40,7 @@ class ShardHooks(BackwardHooks):
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
         schedule: UnitSchedule | None,
+        gradients: MeanGradients,
     ) -> None:
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
@@ -47,11 +49,11 @@ class ShardHooks(BackwardHooks):
         self._merge = Merge()
         self._aside: dict[int, torch.Tensor] = {}  # what was kept in ``.grad``, apart from a pass's
         self._unscaled: set[int] = set()  # of what is held: not yet what the merge keeps of it
-        self._without_stand_in: list[int] = []
+        self._here = False  # has a pass left gradients on this rank, not averaged?
+        self._gradients = gradients
         self._on_reduced, self._before_pass = on_reduced, before_pass
         self._schedule = schedule
         self._any_cut = any(slices.is_slice(p) for p in self._all)
-        self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         # Gradients on their way, and the segments that they have yet to be put into.
         self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
@@ -84,13 +86,29 @@ class ShardHooks(BackwardHooks):
         """Drop the gradients that are still on this rank."""
         self._held.clear()
         self._leaving.clear()
+        self._here = False
         for parameter in self._all:
             parameter.grad = None
 
-    @property
-    def has_unreduced(self) -> bool:
-        """Are there gradients that stayed on this rank?"""
-        return bool(self._held) or any(values_of(p) is not None for p in self._all)
+    def zero(self) -> None:
+        """Let the gradients that are still on this rank be zero."""
+        for index in self.here():
+            gradient = self._all[index].grad
+            if gradient is not None:
+                gradient.detach_() if gradient.grad_fn is not None else None
+                gradient.zero_()
+
+    def here(self) -> Collection[int]:
+        """Between passes: the parameters with a gradient that no pass has averaged yet."""
+        if not self._here:
+            return ()
+        for index, held in list(self._held.items()):
+            shown = self._all[index].grad
+            if not isinstance(shown, HeldGradient) or vars(shown)["held"] is not held:
+                del self._held[index]  # the program has forgotten it, or set another
+        found = {*self._held, *self.left()}
+        self._here = bool(found)
+        return found
 
     @property
     def held_bytes(self) -> int:
@@ -106,9 +124,12 @@ class ShardHooks(BackwardHooks):
         super()._begin_unannounced()
 
     def _prepare(self) -> None:
+        self._gradients.follow()
         self._before_pass()
         self._came.clear()
-        self._clear_stand_ins()
+        for parameter in self._all:  # autograd is about to add gradients to what is there
+            if isinstance(parameter.grad, ShardedGradient):
+                parameter.grad = None
 
     def average_kept(self) -> None:
         self._prepare()
@@ -124,7 +145,10 @@ class ShardHooks(BackwardHooks):
         self._held.clear()
         self._leaving.clear()
         self._prepare()
-        return super().shadow()
+        taking_part = super().shadow()
+        if not taking_part:
+            self._gradients.show()
+        return taking_part
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
         announce = super()._on_accumulated(index)
@@ -177,9 +201,8 @@ class ShardHooks(BackwardHooks):
     def _bring_back(self) -> None:
         for index, gradient in self._aside.items():
             self._all[index].grad = gradient
-        for index in self._without_stand_in:
-            if self._all[index].grad is None:
-                self._all[index].grad = self._stand_ins[index]
+        self._show_held()
+        self._gradients.show()
         self._forget_merge()
 
     def _forget_merge(self) -> None:
@@ -195,6 +218,11 @@ class ShardHooks(BackwardHooks):
                 if index in self._aside or values_of(self._all[index]) is not None:
                     self._all[index].grad = self._take(index)
         self._forget_merge()
+        self._show_held()
+        self._here = True
+        self._gradients.left_here()
+
+    def _show_held(self) -> None:
         for index, held in self._held.items():
             self._all[index].grad = HeldGradient.of(self._all[index], held)
 
@@ -213,18 +241,11 @@ class ShardHooks(BackwardHooks):
     def _take_over(self, anywhere: list[bool]) -> None:
         self._held.clear()
         self._forget_merge()
+        self._here = False
+        if not self._reducer.keeps and self._gradients.marks:
+            self._gradients.clear()  # shadowing: the others have forgotten theirs since
         self._on_reduced(anywhere)
-        for parameter, stand_in, used in zip(self._all, self._stand_ins, anywhere, strict=True):
-            if used:
-                parameter.grad = stand_in
-
-    def _clear_stand_ins(self) -> None:
-        """Autograd is about to add gradients to what is there."""
-        self._without_stand_in = []
-        for index, parameter in enumerate(self._all):
-            if isinstance(parameter.grad, ShardedGradient):
-                parameter.grad = None
-                self._without_stand_in.append(index)
+        self._gradients.placed(anywhere)
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
         """Copy the gradients of a segment's parameters to it, all in one call.

@@ -62,6 +62,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
         yield model.module if isinstance(model, DistributedModule) else model
         return
     with state.group.world.together("gathered()"):
+        model.follow()
         with _whole(model, state, modify):
             yield model.module
         state.memory.settle()
@@ -86,6 +87,8 @@ def _whole(model: Any, state: ShardedState, modify: bool) -> Iterator[None]:
         for parameter, home in zip(parameters, homes, strict=True):
             slices.move(parameter, home)
         model.let_parameters_go()
+        if modify:
+            model.writes.settle()
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

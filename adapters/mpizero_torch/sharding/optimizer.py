@@ -63,20 +63,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._module.before_update()
             if self._module.should_update():
                 if self._at_once:
-                    self._inner.step()
+                    self._step_at_once()
                 else:
                     self._step_by_run()
             self._module.after_update()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, of the shards and those still on this rank."""
-        self._module.forget_unreduced()
-        for run in self._runs:
-            if set_to_none:
-                run.forget()
-            elif run.has_gradient:
-                run.gradient.zero_()
+        """Forget the gradients, of the shards and those still on this rank; or let them be zero."""
+        self._module.forget_gradients(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the wrapped model, which were in no group before. Collective."""
@@ -139,6 +134,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not run.pieces or has_gradient(run.pieces[0].index):
                 run.receive()
 
+    def forget(self, is_forgotten: Callable[[int], bool]) -> None:
+        """Leave these parameters without a gradient, wherever there are others in a shard."""
+        holding = [run for run in self._runs if run.has_gradient]
+        runs = split(holding, is_forgotten, self.state)
+        if len(runs) > len(holding):
+            self._runs = [*runs, *(run for run in self._runs if not run.has_gradient)]
+            self._regroup()
+        for run in runs:
+            if run.pieces and is_forgotten(run.pieces[0].index):
+                run.forget()
+
     @property
     def holds_gradients(self) -> bool:
         """Are there gradients in the shards, to which the next ones are added?"""
@@ -172,6 +178,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _at_once(self) -> bool:
         return all(run.is_direct for run in self._runs) and not self._module.keeps_state_aside
 
+    def _step_at_once(self) -> None:
+        for run in self._runs:
+            run.lend()
+        self._inner.step()
+        self._show_gradients()
+
+    def _show_gradients(self) -> None:
+        for run in self._runs:
+            if run.has_gradient:
+                run.receive()
+
     def _step_by_run(self) -> None:
         """One run after the other, so that what it needs beside the shards is one run's."""
         for run in self._runs:
@@ -181,9 +198,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._inner.step()
             run.parameter.grad = None
             self._module.put_state_aside(self.state.get(run.parameter, {}))
-        for run in self._runs:
-            if run.has_gradient and run.is_direct:
-                run.parameter.grad = run.gradient
+        self._show_gradients()
 
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):
