@@ -289,7 +289,8 @@ class GradientSharder(ReducedPasses):
         if self._opening is not None:
             told = self._opening.check()
             if told.squared_marks * told.active != told.marks**2:
-                self._world.agree([self.described], "the gradients to which a backward pass adds")
+                said = [self.described, hex(self.marks)]
+                self._world.agree(said, "the gradients to which a backward pass adds")
         for piece in self._segments:
             self._wait_segment(piece)
         left = list(self._left())

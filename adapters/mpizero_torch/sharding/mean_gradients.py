@@ -46,7 +46,8 @@ class MeanGradients:
         self._changed: dict[int, str] = {}  # and what was done to them since the ranks agreed
         self._as_left: dict[int, tuple[Any, int]] = {}  # of those that have one here, too
         self._weakly = weakref.ref(self)
-        self._seen: list[int] | None = []
+        self._seen: list[int] = []
+        self.as_summed = True  # are they all as the last pass has summed them?
         self._stand_ins = [
             ShardedGradient.for_parameter(parameter, name, self._changer(index))
             for index, (name, parameter) in enumerate(named)
@@ -57,6 +58,7 @@ class MeanGradients:
         for index, used in enumerate(anywhere):
             if used:
                 self.marks.setdefault(index, _UNTOUCHED)
+        self.as_summed = True
         self.saw()
         self.show()
 
@@ -121,6 +123,7 @@ class MeanGradients:
         """Leave these without a gradient, as if no pass had come to them."""
         if not indices:
             return
+        was_written = self.written
         for index in indices:
             del self.marks[index]
             self._changed.pop(index, None)
@@ -129,8 +132,10 @@ class MeanGradients:
             self._optimizer().forget(set(indices).__contains__)
         else:
             self.clear()
-        self._seen = None
+        self.as_summed = False
         self._changed.update(dict.fromkeys(indices, "forgotten") if self.marks else {})
+        if not was_written:
+            self.saw()
 
     def clear(self) -> None:
         """Forget all."""
@@ -155,6 +160,7 @@ class MeanGradients:
                 ".grad", "gradient", f"sparse or differentiable for parameter '{name}'",
                 "dense gradients without a graph of their own",
             )  # fmt: skip
+        was_written = self.written
         flat = self._local(index, gradient).detach().reshape(-1)
         for run, piece in self._pieces(index):
             run.gradient.view(-1)[piece.place].copy_(flat[piece.elements])
@@ -162,6 +168,8 @@ class MeanGradients:
         self._optimizer().receive(lambda each: each == index)
         self._note(index, "set", flat)
         parameter.grad = self._stand_ins[index]
+        if not was_written:
+            self.saw()
 
     @property
     def digest(self) -> int:
@@ -185,8 +193,15 @@ class MeanGradients:
     def description(self) -> str:
         """What this rank has, for an error that compares."""
         have = f"gradients of {len(self.marks)} parameters" if self.marks else "no gradients"
-        done = [f"'{self._names[index]}' {what}" for index, what in sorted(self._changed.items())]
+        done = [
+            f"'{self._names[index]}' {what}{self._number(index)}"
+            for index, what in sorted(self._changed.items())
+        ]
         return ", ".join([have, *done[:8], *(["..."] if done[8:] else [])])
+
+    def _number(self, index: int) -> str:
+        """Tells changes by other values apart."""
+        return f" (#{self.marks[index] % (1 << 24):06x})" if index in self.marks else ""
 
     def _runs(self) -> Iterator[Run]:
         return (run for run in self._optimizer().runs if run.has_gradient)
@@ -263,6 +278,7 @@ class MeanGradients:
     def _note(self, index: int, what: str, *given: Any) -> None:
         """A gradient was changed on this rank: another must have done the same."""
         known = self.marks.get(index, 0)
+        self.as_summed = False
         self.marks[index] = digest_of([str(known), what, *map(octets, given)])
         self._changed[index] = _WORDS.get(what, f"changed by {what}()")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from mpizero import ArgumentError, World
 from mpizero.engine import SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
 from mpizero_torch.replicate import Buffers, Structure
+from mpizero_torch.sharding import access
 from mpizero_torch.sharding.comparison import compare
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
@@ -81,6 +82,7 @@ class ShardedModule(DistributedModule):
         self._were_trainable: list[bool] = []
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
+        access.register(self)
 
     @property
     def optimizer(self) -> ShardedOptimizer:
@@ -157,6 +159,10 @@ class ShardedModule(DistributedModule):
         if self._schedule is not None:
             self._schedule.hold_all()
 
+    def hold_some(self, indices: Collection[int]) -> Callable[[], None]:
+        """Let these parameters be there until what is returned is called."""
+        return (lambda: None) if self._schedule is None else self._schedule.hold(indices)
+
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
             self._schedule.release_all()
@@ -179,7 +185,7 @@ class ShardedModule(DistributedModule):
     def own_squares(self) -> float:
         """The sum of their squares: known since they were summed, unless they changed since."""
         gradients = self.own_gradients()
-        if _changes(gradients) == self._changes_when_summed:
+        if self.gradients.as_summed and _changes(gradients) == self._changes_when_summed:
             return self.sharder.own_squares
         return sum(float(each.double().pow(2).sum()) for each in gradients)
 
@@ -191,22 +197,7 @@ class ShardedModule(DistributedModule):
         names = [each for each, _ in self._named]
         if name not in names:
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
-        index = names.index(name)
-        dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
-        shape = self._state.shapes[index]
-        whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
-        has = 0
-        for run in self.optimizer.runs:
-            for piece in run.pieces:
-                if piece.index == index and run.has_gradient:
-                    has = 1
-                    if self._state.group.is_holder:
-                        part = run.gradient.reshape(-1)[piece.place]
-                        whole.view(-1)[piece.elements] = part.to(whole)
-        self.world.allreduce(whole)
-        if not self.world.allreduce(has, "max"):
-            return None
-        return slices.wrap(whole, self._named[index][1])
+        return access.whole_gradient(self, names.index(name))
 
     def _shadow_update(self) -> bool:
         """Take part in the others' update, if they have announced one."""
@@ -230,11 +221,15 @@ class ShardedModule(DistributedModule):
         if self._in_join:
             self.sharder.announce_update()
             self._update_together([_settings(group) for group in self.optimizer.param_groups])
-        if self._hooks.here():
-            raise no_gradients("optimizer.step()")
+        self.check_reduced("optimizer.step()")
         if self._schedule is not None:
             self._schedule.release_all()
         self.follow()
+
+    def check_reduced(self, where: str) -> None:
+        """Raise MpizeroError if there are gradients that no pass has averaged."""
+        if self._hooks.here():
+            raise no_gradients(where)
 
     def follow(self) -> None:
         """What the program has done to gradients and parameters holds from here on. Collective.

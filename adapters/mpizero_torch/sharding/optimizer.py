@@ -12,7 +12,7 @@ from mpizero import MpizeroError
 from mpizero.diagnostics import recorder
 from mpizero_torch import slices
 from mpizero_torch.sharding.offload import with_gradients
-from mpizero_torch.sharding.optimizer_state import consolidate, distribute
+from mpizero_torch.sharding.optimizer_state import consolidate, distribute, whole_state
 from mpizero_torch.sharding.runs import Run, split
 
 if TYPE_CHECKING:
@@ -97,6 +97,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for number, values in found["state"].items():
                 _as_placed(values, state.named[indices[number]][1])
             return found
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """The whole state of one parameter of the model, on every rank. Collective."""
+        state = self._module.state
+        runs = [run for run in self._runs if any(each.index == index for each in run.pieces)]
+        found = whole_state(self._inner, runs, {index: 0}, state.shapes, state.group, None)
+        values = found.get(0, {})
+        _as_placed(values, state.named[index][1])
+        return values
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state_dict of a plain optimizer, or ``state_dict()``'s, on every rank.

@@ -18,7 +18,7 @@ from torch import nn
 
 from mpizero.engine import Space
 from mpizero_torch import tensors
-from mpizero_torch.sharding.stand_in import PartOfGradient, ShardedGradient
+from mpizero_torch.sharding.stand_in import OwnGradient, PartOfGradient, ShardedGradient
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Run:
             found = self.gradient
             if not self.is_direct:
                 found = ShardedGradient.for_parameter(self.parameter)
-            elif not self.is_all:
-                found = found.as_subclass(PartOfGradient)
+            else:
+                found = found.as_subclass(OwnGradient if self.is_all else PartOfGradient)
             self._shown = self.gradient, found
         return self._shown[1]
 

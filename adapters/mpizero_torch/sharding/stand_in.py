@@ -30,10 +30,16 @@ _FORM = {
 _OF_FORM = {
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "__len__",
     "is_contiguous", "is_floating_point", "is_complex", "is_inference", "get_device",
-    "is_same_size", "is_coalesced", "zeros_like", "ones_like", "empty_like", "full_like",
+    "is_same_size", "is_coalesced", "_has_compatible_shallow_copy_type",
+    "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full",
 }  # fmt: skip
 _SAME = {"detach", "detach_", "requires_grad_", "data"}
+# What gives the same values in another form. A module does so with its gradients when it is moved.
+_CONVERTING = {
+    "to", "type", "type_as", "double", "float", "half", "bfloat16", "cpu", "cuda", "xpu",
+    "contiguous", "share_memory_",
+}  # fmt: skip
 # What changes each element by itself.
 _ELEMENTWISE = {
     "zero_", "fill_", "copy_", "add_", "sub_", "mul_", "div_", "neg_", "abs_", "sign_", "pow_",
@@ -75,7 +81,23 @@ class ShardedGradient(torch.Tensor):
         return f"<gradient of shape {tuple(self.shape)}, sharded over the ranks>"
 
 
-class PartOfGradient(torch.Tensor):
+class OwnGradient(torch.Tensor):
+    """All of the gradients, as the optimizer's parameters show them to the program on one rank.
+
+    What is written to them is counted, also by functions for which torch does not.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if _name(function).startswith("_amp_foreach_"):
+            torch.autograd.graph.increment_version(args[0])
+        return result
+
+
+class PartOfGradient(OwnGradient):
     """This rank's part of the gradients, as the optimizer's parameters show it to the program.
 
     What is done to each element gives what it would give for all ranks' parts; a sum or a norm
@@ -183,7 +205,24 @@ def _answer(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return repr(first)
     if name == "type" and len(args) == 1 and not kwargs:
         return f"torch.{type(first).__name__}"
+    if name in _CONVERTING:
+        return _converted(function, first, args[1:], kwargs)
+    if name == "__set__data" and isinstance(args[1], ShardedGradient):
+        with torch._C.DisableTorchFunctionSubclass():
+            return None if args[1] is first else function(*args)
     return _change(name, first, args[1:], kwargs)
+
+
+def _converted(function: Any, gradient: ShardedGradient, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A stand-in of the dtype and on the device that the values would have."""
+    with torch._C.DisableTorchFunctionSubclass():
+        probe = torch.empty((), dtype=gradient.dtype, device=gradient.device)
+        plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in args]
+        form = function(probe, *plain, **kwargs)
+        if (form.dtype, form.device) == (gradient.dtype, gradient.device):
+            return gradient
+        like = torch.empty((), dtype=form.dtype, device=form.device).expand(gradient.shape)
+    return ShardedGradient.for_parameter(like, vars(gradient)["name"])
 
 
 def _change(name: str, gradient: ShardedGradient, args: Any, kwargs: dict[str, Any]) -> Any:

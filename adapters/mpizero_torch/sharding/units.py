@@ -13,7 +13,7 @@ it, so that what autograd has saved in forward finds the values again in backwar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -64,10 +64,11 @@ def _released(kind: type) -> type:
 
 def _explain_released(function: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(function, "__name__", str(function))
-    reads = getattr(function, "__self__", None) is torch.Tensor.data and name == "__get__"
-    if reads or name not in _OF_FORM:
+    is_data = getattr(function, "__self__", None) is torch.Tensor.data
+    if is_data or name not in _OF_FORM:
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         raise MpizeroError(
-            f"{name}() on a parameter of shape {tuple(args[0].shape)}, which is sharded over "
+            f"{name}() on a parameter of shape {tuple(given[0].shape)}, which is sharded over "
             "the ranks: its values are gathered only while a module needs them. Read it inside "
             "`with mz.gathered(model):`, or from model.state_dict()."
         )
@@ -272,6 +273,21 @@ class UnitSchedule:
             unit.gather(self._memory)
         for unit in self._units:
             unit.wait()
+
+    def hold(self, indices: Collection[int]) -> Callable[[], None]:
+        """Let these parameters be there until what is returned is called."""
+        units = [unit for unit in self._units if not set(indices).isdisjoint(unit.members)]
+        for unit in units:
+            unit.uses += 1
+            unit.gather(self._memory)
+        for unit in units:
+            unit.wait()
+
+        def let_go() -> None:
+            for unit in units:
+                self._done(unit)
+
+        return let_go
 
     def _hook(self, part: nn.Module, own: Sequence[Unit]) -> None:
         def begin(module: nn.Module, args: Any) -> None:

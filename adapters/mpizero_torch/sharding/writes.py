@@ -60,6 +60,8 @@ class Writes:
             for parameter in self._parameters:
                 if type(parameter) is nn.Parameter:
                     parameter.__class__ = WatchedParameter
+        self._dtypes = [parameter.dtype for parameter in self._parameters]
+        self.watches = True  # not while they may be written to
         self.settle()
 
     def settle(self) -> None:
@@ -72,10 +74,14 @@ class Writes:
         Raises ArgumentError if memory that ranks share was written to.
         """
         self._put_back()
-        if self._is_shared:
-            error = self._refusal([])
-            if error is not None:
-                raise error
+        dtypes = [parameter.dtype for parameter in self._parameters]
+        if dtypes != self._dtypes:
+            pairs = enumerate(zip(dtypes, self._dtypes, strict=True))
+            error = self._refusal([index for index, (now, before) in pairs if now != before])
+        else:
+            error = self._refusal([]) if self._is_shared and self.watches else None
+        if error is not None:
+            raise error
 
     def find(self) -> tuple[list[int], int, ArgumentError | None]:
         """(what has changed, a number that all ranks must have, what cannot be followed)."""
@@ -85,6 +91,8 @@ class Writes:
             self._put_back()
         except ArgumentError as found:
             error = found
+        if not self.watches:
+            return [], 0, error
         if not self._comes_and_goes:
             versions, addresses = self._now()
             if versions != self._versions or addresses != self._addresses:
@@ -108,8 +116,7 @@ class Writes:
                 "what was written into parameters (on all ranks it must be the same: write inside "
                 "`with mz.gathered(model, modify=True):`, where rank 0's values hold)",
             )
-            for index, parameter in zip(changed, own, strict=True):
-                state.store(index, parameter)
+            state.adopt(changed)
             state.memory.settle()
             for index, parameter in zip(changed, own, strict=True):
                 if slices.local(parameter).data_ptr() != self._addresses[index]:
@@ -186,7 +193,7 @@ class Writes:
         raise ArgumentError(
             "parameters", f"'{name}'", "another parameter in its place than mz.zero() was given",
             "the parameters that mz.zero() was given",
-            "The optimizer goes on with the one that it knows. Replace parameters before mz.zero(), "
+            "The optimizer goes on with the one it knows. Replace parameters before mz.zero(), "
             "give values with mz.set_parameter(p, values), or load them with "
             "model.load_state_dict(state) of the sharded model.",
         )  # fmt: skip
