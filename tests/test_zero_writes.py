@@ -26,6 +26,7 @@ WAYS = [
     pytest.param({"stage": 3}, id="3 shared"),
     pytest.param({"stage": 3, **PRIVATE}, id="3 private"),
 ]
+SOME_WAYS = [WAYS[0], WAYS[1], WAYS[3], WAYS[6]]
 PRECISIONS = [pytest.param({}, id="fp32"), pytest.param({"precision": "bf16"}, id="bf16")]
 
 
@@ -125,17 +126,17 @@ def is_refused(way: dict[str, Any], write: Write) -> bool:
 
 
 @ranks
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SOME_WAYS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("write", [*IN_PLACE, *REPLACING])
 def test_what_is_written_is_trained(
     way: dict[str, Any], precision: dict[str, Any], write: Write
 ) -> None:
     inner, model, optimizer = sharded({**way, **precision})
-    # The same with what is written before: the plain program of another start.
     train(model, optimizer, 0)
     if is_refused(way, write):
-        with pytest.raises((RuntimeError, mz.MpizeroError, mz.ArgumentError), match=r"gathered|zero\(\)"):
+        errors = RuntimeError, mz.MpizeroError, mz.ArgumentError
+        with pytest.raises(errors, match=r"gathered|zero\(\)"):
             write(inner)
             train(model, optimizer, 1)
         return
@@ -163,6 +164,18 @@ def test_what_is_written_is_trained(
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value.float(), alone.state_dict()[key], **tolerance, msg=key)
     assert weights(inner).dtype == dtype
+
+
+@ranks
+@pytest.mark.parametrize("way", [WAYS[2], WAYS[4], WAYS[5]])
+@pytest.mark.parametrize("write", [load, other_memory])
+def test_what_is_written_is_kept_in_other_ways(way: dict[str, Any], write: Write) -> None:
+    way = {**way, "precision": "bf16"}
+    inner, model, optimizer = sharded(way, lr=0.0)
+    if not is_refused(way, write):
+        write(inner)
+        train(model, optimizer, 0)
+        assert bool((model.state_dict()["2.weight"] == 0.25).all())
 
 
 @ranks

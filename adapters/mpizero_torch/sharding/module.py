@@ -371,7 +371,7 @@ class ShardedModule(DistributedModule):
 
     def _prepare_pass(self) -> None:
         optimizer, sharder = self.optimizer, self.sharder
-        sharder.keeps = optimizer.holds_gradients
+        sharder.keeps = bool(self.gradients.marks)
         sharder.marks, sharder.described = self.gradients.digest, self.gradients.description
         if sharder.keeps:
             for run in optimizer.runs:

@@ -91,7 +91,9 @@ class OwnGradient(torch.Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = super().__torch_function__(function, types, args, kwargs or {})
+        result = torch.Tensor.__torch_function__.__func__(  # type: ignore[attr-defined]
+            cls, function, types, args, kwargs or {}
+        )
         if _name(function).startswith("_amp_foreach_"):
             torch.autograd.graph.increment_version(args[0])
         return result

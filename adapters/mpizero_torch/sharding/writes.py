@@ -25,7 +25,7 @@ class WatchedParameter(nn.Parameter):
     """A parameter whose ``.data`` shares its count of writes, so that none goes unseen."""
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter
@@ -168,7 +168,7 @@ class Writes:
         """Parameters that were replaced in their modules (assign=True): take their values."""
         replaced: dict[int, nn.Parameter] = {}
         for held, key, index in self._slots:
-            found = dict.get(held, key)
+            found: Any = dict.get(held, key)
             if found is self._parameters[index]:
                 continue
             self._check_replacement(index, found, replaced.get(index))
