@@ -414,3 +414,43 @@ def test_a_scaler_and_a_gradient_that_was_set(way: dict[str, Any]) -> None:
     scaler.unscale_(both.optimizer)
     with pytest.raises(mz.MpizeroError, match=r"mz\.set_gradient"):
         both.optimizer.step()
+
+
+@ranks
+@pytest.mark.parametrize("way", SHARDED)
+def test_hooks_on_accumulated_gradients(way: dict[str, Any]) -> None:
+    """They are called when the gradient is the average, whenever they were added."""
+    both = Both(way)
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def look(name: str) -> Callable[[Any], None]:
+        def hook(parameter: nn.Parameter) -> None:
+            gradient = mz.full_gradient(parameter)
+            assert gradient is not None
+            seen.append((name, gradient))
+
+        return hook
+
+    for _ in range(3):
+        both.zero_grad()
+        handles = [
+            parameter.register_post_accumulate_grad_hook(look(name))
+            for name, parameter in both.inner.named_parameters()
+            if parameter.requires_grad
+        ]
+        seen.clear()
+        with both.model.no_sync():
+            both.backward()
+        assert not seen
+        both.backward()
+        expected = {name: p.grad for name, p in both.alone.named_parameters() if name != "rare"}
+        assert len(seen) == len([each for each in expected.values() if each is not None])
+        for name, gradient in seen:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+        both.step()
+        for handle in handles:
+            handle.remove()
+    seen.clear()
+    both.backward()
+    assert not seen
+    both.compare()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense, times
+from mpizero_torch.replica_hooks import AfterAverage
 from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 from mpizero_torch.sharding.units import UnitSchedule
@@ -42,6 +44,9 @@ class ShardHooks(BackwardHooks):
         schedule: UnitSchedule | None,
         gradients: MeanGradients,
     ) -> None:
+        self._after: dict[int, AfterAverage] = {}  # of parameters that others have hooks on
+        self._own_hooks: dict[int, int] = {}  # of parameters that announce their gradients
+        self._handles: list[Any] = []
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._targets: dict[tuple[int, int], list[_Target]] = {}
@@ -58,6 +63,34 @@ class ShardHooks(BackwardHooks):
         # Gradients on their way, and the segments that they have yet to be put into.
         self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
         super().__init__(owner, make_sharder(self._fill, self.left, self._has_gradient))
+
+    def watch(
+        self,
+        parameters: Sequence[tuple[int, nn.Parameter]],
+        announcing: Collection[int] | None = None,
+    ) -> None:
+        super().watch(parameters, announcing)
+        indices = (i for i, _ in parameters if announcing is None or i in announcing)
+        self._own_hooks = {
+            index: handle.id for index, handle in zip(indices, self._handles, strict=True)
+        }
+        for index, after in self._after.items():
+            after.take(self._own_hooks.get(index))
+
+    def remove(self) -> None:
+        super().remove()
+        for after in self._after.values():
+            after.take(None)
+        self._own_hooks = {}
+
+    def inherit(self, before: ShardHooks) -> None:
+        """Go on in the place of hooks that have been removed."""
+        self._after, before._after = before._after, {}
+
+    def __del__(self) -> None:
+        self.remove()
+        for after in self._after.values():
+            after.give_back()  # the parameters' other hooks are called by torch again
 
     @property
     def sharder(self) -> GradientSharder:
@@ -127,9 +160,16 @@ class ShardHooks(BackwardHooks):
         self._gradients.follow()
         self._before_pass()
         self._came.clear()
-        for parameter in self._all:  # autograd is about to add gradients to what is there
+        own = self._own_hooks
+        for index, parameter in enumerate(self._all):
+            # Autograd is about to add gradients to what is there.
             if isinstance(parameter.grad, ShardedGradient):
                 parameter.grad = None
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            if hooks and len(hooks) > (index in own):
+                self._after[index] = AfterAverage({}, parameter, hooks)
+                self._after[index].take(own.get(index))
+                parameter._post_accumulate_grad_hooks = self._after[index]
 
     def average_kept(self) -> None:
         self._prepare()
@@ -246,6 +286,9 @@ class ShardHooks(BackwardHooks):
             self._gradients.clear()  # shadowing: the others have forgotten theirs since
         self._on_reduced(anywhere)
         self._gradients.placed(anywhere)
+        for index, after in sorted(self._after.items()):
+            if anywhere[index]:
+                after.call(self._all[index])
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
         """Copy the gradients of a segment's parameters to it, all in one call.

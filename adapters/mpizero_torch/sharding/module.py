@@ -282,8 +282,10 @@ class ShardedModule(DistributedModule):
         with self._whole_parameters():
             added = self._state.add(len(optimizer.param_groups), members)
         self.writes.settle()
-        self._hooks.remove()
+        before = self._hooks
+        before.remove()
         self._hooks = self._make_hooks()
+        self._hooks.inherit(before)
         self._state.rebase(optimizer.runs, self.sharder)
         optimizer.adopt(self._state.make_runs(self.sharder, added), group, members)
         self._were_trainable = []

@@ -154,11 +154,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if run.pieces and is_forgotten(run.pieces[0].index):
                 run.forget()
 
-    @property
-    def holds_gradients(self) -> bool:
-        """Are there gradients in the shards, to which the next ones are added?"""
-        return any(run.has_gradient for run in self._runs)
-
     def has(self, index: int) -> bool:
         """Is this parameter in one of its groups?"""
         return any(index in members for members in self._members)
