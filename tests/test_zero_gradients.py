@@ -454,3 +454,34 @@ def test_hooks_on_accumulated_gradients(way: dict[str, Any]) -> None:
     both.backward()
     assert not seen
     both.compare()
+
+
+@ranks
+@pytest.mark.parametrize(
+    "way", [each for each in SHARDED if "share_parameters" not in each.values[0]]
+)
+def test_a_pass_through_the_inner_module(way: dict[str, Any]) -> None:
+    """Its gradients come unannounced: they must not be taken for ones that the program has set."""
+    both = Both(way)
+    world = both.world
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(world.size, 6, generator=generator, dtype=torch.float64)
+        both.zero_grad()
+        if step:
+            for parameter in both.parameters("rare", "last.bias"):
+                replace(parameter)  # no pass was before it, and one comes after
+        both.alone(x).square().mean().backward()
+        both.inner(x[world.rank : world.rank + 1]).square().mean().backward()
+        both.step()
+    both.compare()
+
+
+@ranks
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_adding_to_a_gradient_without_the_wrapped_module(stage: int) -> None:
+    inner = nn.Linear(1, 1, bias=False)
+    model, _ = mz.zero(inner, sgd(inner), stage)
+    model(torch.ones(1, 1)).sum().backward()
+    with pytest.raises(mz.MpizeroError, match=r"the module that mz\.zero"):
+        inner(torch.ones(1, 1)).sum().backward()

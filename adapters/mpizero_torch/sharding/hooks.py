@@ -153,11 +153,11 @@ class ShardHooks(BackwardHooks):
         super()._announce(weight)
 
     def _begin_unannounced(self) -> None:
-        self._prepare()
+        self._prepare(came=True)
         super()._begin_unannounced()
 
-    def _prepare(self) -> None:
-        self._gradients.follow()
+    def _prepare(self, came: bool = False) -> None:
+        self._gradients.follow(came)
         self._before_pass()
         self._came.clear()
         own = self._own_hooks

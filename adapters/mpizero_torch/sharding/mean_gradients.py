@@ -53,6 +53,8 @@ class MeanGradients:
             for index, (name, parameter) in enumerate(named)
         ]
 
+        self._fresh = [stand_in._version for stand_in in self._stand_ins]
+
     def placed(self, anywhere: Sequence[bool]) -> None:
         """A pass has put gradients into the shards, of these parameters."""
         for index, used in enumerate(anywhere):
@@ -91,18 +93,25 @@ class MeanGradients:
             if index in self.marks
         }
 
-    def follow(self) -> None:
-        """Do to the shards what has been done to ``.grad``. On this rank: the marks tell of it."""
+    def follow(self, came: bool = False) -> None:
+        """Do to the shards what has been done to ``.grad``. On this rank: the marks tell of it.
+
+        ``came``: some of a pass's gradients may have come already, so that what lies in ``.grad``
+        is averaged with the rest of them.
+        """
         self._follow_parts()
         kept = self._kept()
         gone: list[int] = []
         new: dict[int, torch.Tensor] = {}
         for index, parameter in enumerate(self._parameters):
             gradient = parameter.grad
-            if gradient is None:
+            if gradient is None or (came and index not in kept and _is_plain(gradient)):
                 if index in self.marks:
                     gone.append(index)
-            elif gradient is not self._stand_ins[index] and index not in kept:
+            elif gradient is self._stand_ins[index]:
+                if came and gradient._version != self._fresh[index]:
+                    raise _into_a_stand_in(self._names[index])
+            elif index not in kept:
                 if isinstance(gradient, ShardedGradient):
                     raise _not_its_own(self._names[index])
                 if not kept and self._is_reduced(index):
@@ -177,11 +186,6 @@ class MeanGradients:
         if not self.marks:
             return 0
         return 1 + digest_of([str(sorted(self.marks.items()))])
-
-    @property
-    def agreed(self) -> bool:
-        """Has nothing been done to gradients since the ranks agreed?"""
-        return not self._changed
 
     def agree(self) -> None:
         """The ranks have found that they have the same marks."""
@@ -309,6 +313,10 @@ class MeanGradients:
         )
 
 
+def _is_plain(gradient: torch.Tensor) -> bool:
+    return not isinstance(gradient, ShardedGradient)
+
+
 _WORDS = {"set": "set", "zero_": "zeroed", "where": "assigned to"}
 
 
@@ -345,6 +353,13 @@ def _not_its_own(name: str) -> MpizeroError:
     return MpizeroError(
         f".grad of '{name}' was set to another parameter's, which is sharded over the ranks. Use "
         "mz.set_gradient(p, mz.full_gradient(q))."
+    )
+
+
+def _into_a_stand_in(name: str) -> MpizeroError:
+    return MpizeroError(
+        f"backward(): it came to '{name}', which has a gradient already, without passing an output "
+        "of the wrapped module. To add up gradients, call the module that mz.zero() gave back."
     )
 
 

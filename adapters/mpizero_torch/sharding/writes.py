@@ -152,6 +152,8 @@ class Writes:
         if not self._is_shared:
             return None
         versions, addresses = self._now()
+        if versions == self._versions:
+            return None
         for index, (old, new) in enumerate(zip(self._versions, versions, strict=True)):
             if old != new and addresses[index] == self._addresses[index]:
                 return ArgumentError(
