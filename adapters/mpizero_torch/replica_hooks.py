@@ -141,6 +141,12 @@ class AfterAverage(OrderedDict):  # type: ignore[type-arg]
         parameter._post_accumulate_grad_hooks = made
         return made
 
+    def take(self, own: int | None) -> None:
+        """Let the others' hook with this id be ours, and no other any more; None: have none."""
+        self.clear()
+        if own is not None:
+            super().__setitem__(own, self.others.pop(own))
+
     def __setitem__(self, key: int, hook: Any) -> None:
         if "others" in vars(self):
             self.others[key] = hook

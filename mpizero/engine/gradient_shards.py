@@ -22,12 +22,16 @@ from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.shard_group import ShardGroup
 from mpizero.engine.specs import ParameterSpec
 from mpizero.engine.weights import Merge, Weight
+from mpizero.errors import MpizeroError
 from mpizero.memory.arrays import empty_like
 from mpizero.reduction.operation import SUM
 from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 
 # While one segment is summed the next is filled.
 BUFFERS = 2
+
+# Below it a number's square, summed over the ranks, is exact in float64.
+MARKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class GradientSharder(ReducedPasses):
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._make_memory(allocate)
         self.keeps = False  # are there gradients in the shards, to which the next pass adds?
+        # A number for what was done to them since the last pass, which all ranks have to have done,
+        # and words for it.
+        self.marks, self.described = 0, ""
         self._kept: list[Any] = []
         self._squares = [0.0] * len(self._segments)
         self.overflowed = False  # is a gradient of any rank not finite?
@@ -185,11 +192,23 @@ class GradientSharder(ReducedPasses):
             # The place of the mean is about to be filled with this rank's next gradients.
             self._kept = [self._own(piece).copy() for piece in self._segments]
 
+    def zero_kept(self) -> None:
+        """The mean that was put aside, while its place is used, becomes zero."""
+        for each in self._kept:
+            each[...] = 0
+
     def _own_news(self) -> dict[str, float]:
-        return {"keeps": float(self.keeps)}
+        marks = float(self.marks % MARKS)
+        return {"keeps": float(self.keeps), "marks": marks, "squared_marks": marks**2}
 
     def _follow(self, told: News) -> None:
         self.keeps = bool(told.keeps)  # have the others' gradients been forgotten since?
+        if self.keeps and told.marks != told.active * (self.marks % MARKS):
+            raise MpizeroError(
+                "join(): other ranks have changed some of the gradients that they add to, which "
+                "this rank, at the end of its data, cannot have done. Change gradients after the "
+                "last backward() before a step."
+            )
         self._put_mean_aside()
 
     def _count_in(self) -> None:
@@ -268,7 +287,10 @@ class GradientSharder(ReducedPasses):
     def _finish(self) -> tuple[list[bool], list[bool]]:
         """Wait; which parameters have a gradient, and one that is left, on any rank?"""
         if self._opening is not None:
-            self._opening.check()
+            told = self._opening.check()
+            if told.squared_marks * told.active != told.marks**2:
+                said = [self.described, hex(self.marks)]
+                self._world.agree(said, "the gradients to which a backward pass adds")
         for piece in self._segments:
             self._wait_segment(piece)
         left = list(self._left())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,19 +12,23 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError, World
-from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
+from mpizero.engine import SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
 from mpizero_torch.compiling import as_it_is
 from mpizero_torch.replicate import Buffers, Structure
+from mpizero_torch.sharding import access
+from mpizero_torch.sharding.comparison import compare
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
+from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, find_units
+from mpizero_torch.sharding.writes import Writes
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -68,14 +72,21 @@ class ShardedModule(DistributedModule):
             parameters = [parameter for _, parameter in self._named]
             memory = self._state.memory
             self._schedule = UnitSchedule(module, self._units, parameters, memory, group.world)
+        self.gradients = MeanGradients(
+            self._named,
+            lambda: self.optimizer,
+            lambda index: bool(self.sharder.segments_of(index)),
+            lambda: self._hooks.here(),
+        )
         self._hooks = self._make_hooks()
         optimizer.take(self, self._state.make_runs(self.sharder), groups)
         self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
-        self._versions = self._current_versions()
+        self.writes = Writes(module, self._state)
         self._changes_when_summed: list[int] = []
         self._were_trainable: list[bool] = []
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
+        access.register(self)
 
     @property
     def optimizer(self) -> ShardedOptimizer:
@@ -103,7 +114,7 @@ class ShardedModule(DistributedModule):
     @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
-        self._check_unwritten()
+        self.writes.check()
         if self._sharding.precision is None:
             return super().forward(*args, **kwargs)
         args, kwargs = tree_map(self._narrow, (args, kwargs))
@@ -141,6 +152,7 @@ class ShardedModule(DistributedModule):
         On every rank, or on ``root`` only ({} elsewhere). With ``precision``, the float32 values
         that are trained. Takes memory for the result only, and for a piece of a parameter.
         """
+        self.follow()
         return whole_state_dict(self.module, self._state, root, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -152,10 +164,13 @@ class ShardedModule(DistributedModule):
         if self._schedule is not None:
             self._schedule.hold_all()
 
+    def hold_some(self, indices: Collection[int]) -> Callable[[], None]:
+        """Let these parameters be there until what is returned is called."""
+        return (lambda: None) if self._schedule is None else self._schedule.hold(indices)
+
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
             self._schedule.let_all_go()
-        self._versions = self._current_versions()
 
     @property
     def held_bytes(self) -> int:
@@ -169,12 +184,13 @@ class ShardedModule(DistributedModule):
 
     def own_gradients(self) -> list[torch.Tensor]:
         """This rank's part of the mean gradients."""
-        return [run.gradient for run in self.optimizer.runs if run.has_gradient]
+        self.gradients.follow()
+        return self.gradients.own
 
     def own_squares(self) -> float:
         """The sum of their squares: known since they were summed, unless they changed since."""
         gradients = self.own_gradients()
-        if _changes(gradients) == self._changes_when_summed:
+        if self.gradients.as_summed and _changes(gradients) == self._changes_when_summed:
             return self.sharder.own_squares
         return sum(float(each.double().pow(2).sum()) for each in gradients)
 
@@ -186,22 +202,7 @@ class ShardedModule(DistributedModule):
         names = [each for each, _ in self._named]
         if name not in names:
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
-        index = names.index(name)
-        dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
-        shape = self._state.shapes[index]
-        whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
-        has = 0
-        for run in self.optimizer.runs:
-            for piece in run.pieces:
-                if piece.index == index and run.has_gradient:
-                    has = 1
-                    if self._state.group.is_holder:
-                        part = run.gradient.reshape(-1)[piece.place]
-                        whole.view(-1)[piece.elements] = part.to(whole)
-        self.world.allreduce(whole)
-        if not self.world.allreduce(has, "max"):
-            return None
-        return slices.wrap(whole, self._named[index][1])
+        return access.whole_gradient(self, names.index(name))
 
     def _shadow_update(self) -> bool:
         """Take part in the others' update, if they have announced one."""
@@ -225,11 +226,30 @@ class ShardedModule(DistributedModule):
         if self._in_join:
             self.sharder.announce_update()
             self._update_together([_settings(group) for group in self.optimizer.param_groups])
-        if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
-            raise no_gradients("optimizer.step()")
+        self.check_reduced("optimizer.step()")
         if self._schedule is not None:
             self._schedule.before_update()
-        self._state.memory.settle()
+        self.follow()
+
+    def check_reduced(self, where: str) -> None:
+        """Raise MpizeroError if there are gradients that no pass has averaged."""
+        if self._hooks.here():
+            raise no_gradients(where)
+
+    def follow(self) -> None:
+        """What the program has done to gradients and parameters holds from here on. Collective.
+
+        All ranks must have done the same, and none reads the old parameters any more then.
+        """
+        self.gradients.follow()
+        changed, number, error = self.writes.find()
+        said = f"{self.gradients.description}; {self.writes.describe(changed, error)}"
+        compare(self._lane.world, [self.gradients.digest, number], said, "gradients or parameters")
+        if error is not None:
+            raise error
+        self.gradients.agree()
+        if changed:
+            self.writes.take_over(changed)
 
     def should_update(self) -> bool:
         """False if the gradients overflowed, on any rank, under a scaled loss."""
@@ -265,10 +285,14 @@ class ShardedModule(DistributedModule):
             members.append(index)
         self.world.agree([str(members)], "the parameters of the new group")
         optimizer = self.optimizer
+        self.follow()
         with self._whole_parameters():
             added = self._state.add(len(optimizer.param_groups), members)
-        self._hooks.remove()
+        self.writes.settle()
+        before = self._hooks
+        before.remove()
         self._hooks = self._make_hooks()
+        self._hooks.inherit(before)
         self._state.rebase(optimizer.runs, self.sharder)
         optimizer.adopt(self._state.make_runs(self.sharder, added), group, members)
         self._were_trainable = []
@@ -282,9 +306,16 @@ class ShardedModule(DistributedModule):
         finally:
             self.let_parameters_go()
 
-    def forget_unreduced(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._hooks.forget()
+    def forget_gradients(self, set_to_none: bool) -> None:
+        """Forget all gradients, those still on this rank too; or let those there are be zero."""
+        if set_to_none:
+            self._hooks.forget()
+            self.gradients.clear()
+        else:
+            self.gradients.follow()
+            self._hooks.zero()
+            self.sharder.zero_kept()
+            self.gradients.zero()
 
     def _watch_parameters(self) -> None:
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
@@ -330,6 +361,7 @@ class ShardedModule(DistributedModule):
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,
             schedule=self._schedule,
+            gradients=self.gradients,
         )
 
     def _memory_to_hold(self) -> Any:
@@ -348,7 +380,8 @@ class ShardedModule(DistributedModule):
 
     def _prepare_pass(self) -> None:
         optimizer, sharder = self.optimizer, self.sharder
-        sharder.keeps = optimizer.holds_gradients
+        sharder.keeps = bool(self.gradients.marks)
+        sharder.marks, sharder.described = self.gradients.digest, self.gradients.description
         if sharder.keeps:
             for run in optimizer.runs:
                 if not run.has_gradient:
@@ -360,9 +393,9 @@ class ShardedModule(DistributedModule):
         self.optimizer.receive(anywhere.__getitem__)
         if self.sharder.overflowed and self._loss_scale is None:
             # A GradScaler looks at this rank's shards alone; every rank's must tell it.
-            for gradient in self.own_gradients():
+            for gradient in self.gradients.own:
                 gradient.view(-1)[:1] = torch.inf
-        self._changes_when_summed = _changes(self.own_gradients())
+        self._changes_when_summed = _changes(self.gradients.own)
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -378,28 +411,6 @@ class ShardedModule(DistributedModule):
             if self._loss_scale is not None:
                 value = self._loss_scale.apply(value)
         return value
-
-    def _current_versions(self) -> list[int]:
-        # Writing to a DTensor counts for its own part, and for itself.
-        return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
-
-    @as_it_is
-    def _check_unwritten(self) -> None:
-        """Shared memory written to by every rank would have been written to n times."""
-        if self._sharding.how != COMMON or self._state.group.inner.size == 1:
-            return
-        versions = self._current_versions()
-        if versions != self._versions:
-            pairs = zip(self._versions, versions, strict=True)
-            at = next(at for at, (old, new) in enumerate(pairs) if old != new)
-            raise ArgumentError(
-                "forward()", "parameters",
-                f"'{self._named[at][0]}' was written to in place after mz.zero()",
-                "parameters that only the optimizer changes",
-                "The ranks of a node share one copy, so every rank's write was applied to it. "
-                "Initialise before mz.zero(), write inside `with mz.gathered(model):`, or give "
-                "every rank a copy with share_parameters=False.",
-            )  # fmt: skip
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mpizero import MpizeroError
 from mpizero.diagnostics import recorder
 from mpizero_torch import slices
 from mpizero_torch.sharding.offload import with_gradients
-from mpizero_torch.sharding.optimizer_state import consolidate, distribute
+from mpizero_torch.sharding.optimizer_state import consolidate, distribute, whole_state
 from mpizero_torch.sharding.runs import Run, split
 
 if TYPE_CHECKING:
@@ -63,20 +63,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._module.before_update()
             if self._module.should_update():
                 if self._at_once:
-                    self._inner.step()
+                    self._step_at_once()
                 else:
                     self._step_by_run()
             self._module.after_update()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, of the shards and those still on this rank."""
-        self._module.forget_unreduced()
-        for run in self._runs:
-            if set_to_none:
-                run.forget()
-            elif run.has_gradient:
-                run.gradient.zero_()
+        """Forget the gradients, of the shards and those still on this rank; or let them be zero."""
+        self._module.forget_gradients(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the wrapped model, which were in no group before. Collective."""
@@ -102,6 +97,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for number, values in found["state"].items():
                 _as_placed(values, state.named[indices[number]][1])
             return found
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """The whole state of one parameter of the model, on every rank. Collective."""
+        state = self._module.state
+        runs = [run for run in self._runs if any(each.index == index for each in run.pieces)]
+        found = whole_state(self._inner, runs, {index: 0}, state.shapes, state.group, None)
+        values = found.get(0, {})
+        _as_placed(values, state.named[index][1])
+        return values
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state_dict of a plain optimizer, or ``state_dict()``'s, on every rank.
@@ -139,10 +143,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not run.pieces or has_gradient(run.pieces[0].index):
                 run.receive()
 
-    @property
-    def holds_gradients(self) -> bool:
-        """Are there gradients in the shards, to which the next ones are added?"""
-        return any(run.has_gradient for run in self._runs)
+    def forget(self, is_forgotten: Callable[[int], bool]) -> None:
+        """Leave these parameters without a gradient, wherever there are others in a shard."""
+        holding = [run for run in self._runs if run.has_gradient]
+        runs = split(holding, is_forgotten, self.state)
+        if len(runs) > len(holding):
+            self._runs = [*runs, *(run for run in self._runs if not run.has_gradient)]
+            self._regroup()
+        for run in runs:
+            if run.pieces and is_forgotten(run.pieces[0].index):
+                run.forget()
 
     def has(self, index: int) -> bool:
         """Is this parameter in one of its groups?"""
@@ -172,6 +182,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _at_once(self) -> bool:
         return all(run.is_direct for run in self._runs) and not self._module.keeps_state_aside
 
+    def _step_at_once(self) -> None:
+        for run in self._runs:
+            run.lend()
+        self._inner.step()
+        self._show_gradients()
+
+    def _show_gradients(self) -> None:
+        for run in self._runs:
+            if run.has_gradient:
+                run.receive()
+
     def _step_by_run(self) -> None:
         """One run after the other, so that what it needs beside the shards is one run's."""
         for run in self._runs:
@@ -181,9 +202,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._inner.step()
             run.parameter.grad = None
             self._module.put_state_aside(self.state.get(run.parameter, {}))
-        for run in self._runs:
-            if run.has_gradient and run.is_direct:
-                run.parameter.grad = run.gradient
+        self._show_gradients()
 
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):

@@ -7,7 +7,7 @@ result and one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -60,11 +60,28 @@ def consolidate(
     root: int | None,
 ) -> dict[str, Any]:
     """The plain optimizer's state_dict, on every rank or on ``root``. Collective."""
+    state = whole_state(inner, runs, _numbers(members), shapes, group, root)
+    packed, at = [], 0
+    for settings, indices in zip(inner.param_groups, members, strict=True):
+        own = {key: value for key, value in settings.items() if key != "params"}
+        packed.append({**own, "params": list(range(at, at + len(indices)))})
+        at += len(indices)
+    return {"state": state, "param_groups": packed}
+
+
+def whole_state(
+    inner: torch.optim.Optimizer,
+    runs: Sequence[Run],
+    numbers: Mapping[int, int],
+    shapes: Sequence[tuple[int, ...]],
+    group: ShardGroup,
+    root: int | None,
+) -> dict[int, dict[str, Any]]:
+    """The state of parameters, under the ``numbers`` that are given for them. Collective."""
     tensors, others = own_state(inner, runs, group)
     everyones = group.world.gather_objects((_describe(tensors, group), others))
     wanted = root is None or root == group.world.rank
     state: dict[int, dict[str, Any]] = {}
-    numbers = _numbers(members)
     for index, number in numbers.items():
         found: dict[str, Any] = {}
         keys = {key for held, _ in everyones for at, key in held if at == index}
@@ -76,12 +93,7 @@ def consolidate(
             found.update(other.get(index, {}))
         if found and wanted:
             state[number] = {key: found[key] for key in sorted(found, key=_like_torch)}
-    packed, at = [], 0
-    for settings, indices in zip(inner.param_groups, members, strict=True):
-        own = {key: value for key, value in settings.items() if key != "params"}
-        packed.append({**own, "params": list(range(at, at + len(indices)))})
-        at += len(indices)
-    return {"state": state, "param_groups": packed}
+    return state
 
 
 def distribute(

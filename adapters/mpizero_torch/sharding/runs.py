@@ -18,6 +18,7 @@ from torch import nn
 
 from mpizero.engine import Space
 from mpizero_torch import tensors
+from mpizero_torch.sharding.stand_in import OwnGradient, PartOfGradient, ShardedGradient
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,38 @@ class Run:
     pieces: tuple[Piece, ...]
     group: int  # of the optimizer's groups
     home: tuple[int, int, int]
+    is_all: bool = False  # does one rank hold all there is?
     has_gradient: bool = False  # since it was last forgotten
+    _shown: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradient, and what shows it
 
     def receive(self) -> None:
         """The gradient's memory holds a gradient now."""
         self.has_gradient = True
-        if self.is_direct:
+        self.parameter.grad = self.shown
+
+    def lend(self) -> None:
+        """Let the optimizer, in its step, have the gradient itself."""
+        if self.has_gradient and self.is_direct:
             self.parameter.grad = self.gradient
+
+    def take_changes(self) -> None:
+        """The program may have put another gradient in its place."""
+        given = self.parameter.grad
+        if given is not None and given is not self.shown:
+            self.gradient.copy_(given)
+            self.parameter.grad = self.shown
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """What ``.grad`` is outside of a step: a part, of which no sum over all can be made."""
+        if self._shown is None or self._shown[0] is not self.gradient:
+            found = self.gradient
+            if not self.is_direct:
+                found = ShardedGradient.for_parameter(self.parameter)
+            else:
+                found = found.as_subclass(OwnGradient if self.is_all else PartOfGradient)
+            self._shown = self.gradient, found
+        return self._shown[1]
 
     def forget(self) -> None:
         self.has_gradient = False
@@ -136,7 +162,7 @@ def _cut(run: Run, fates: Sequence[Hashable], state: dict[Any, Any]) -> list[Run
         )
         number, segment, offset = run.home
         home = number, segment, offset + start
-        part = Run(parameter, run.gradient[start:stop], moved, run.group, home)
+        part = Run(parameter, run.gradient[start:stop], moved, run.group, home, run.is_all)
         if run.has_gradient:
             part.receive()
         if before:

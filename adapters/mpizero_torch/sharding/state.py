@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -165,6 +165,8 @@ class ShardedState:
                     partial(memory.updated_parameter, own.number),
                     partial(sharder.shard_of_parameter, at),
                 )
+        for run in runs:
+            run.is_all = self.group.parts == 1
         return runs
 
     def rebase(self, runs: Sequence[Run], sharder: GradientSharder) -> None:
@@ -293,6 +295,33 @@ class ShardedState:
             slices.move(parameter, tensors.as_tensor(self.memory.view(own.number, index)))
         if parameter.grad is not None:
             parameter.grad = None
+
+    @torch.no_grad()
+    def adopt(self, indices: Collection[int]) -> None:
+        """Store what lies in these parameters, the same on all ranks; then ``settle``.
+
+        Where a 16-bit number is what it was, its float32 copy keeps all its digits.
+        """
+        copies = [
+            (self.form(index)[1], tensors.as_tensor(array))
+            for index, _, array in self.pieces()
+            if index in indices and self.trained_dtype(index) != self.form(index)[1]
+        ]
+        before = [copy.clone() for _, copy in copies]
+        for index in indices:
+            self.store(index, self.named[index][1])
+        for (dtype, copy), old in zip(copies, before, strict=True):
+            copy.copy_(torch.where(old.to(dtype) == copy.to(dtype), old, copy))
+
+    def form(self, index: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype of what this rank has of a parameter."""
+        space = self.space_of[index].space
+        return space.shape(index), tensors.torch_dtype(space.layout.dtype)
+
+    def place_again(self, index: int) -> None:
+        """Let a parameter lie in the memory for it, whose values it has (not a sharded one)."""
+        memory = self.memory.view(self.space_of[index].number, index)
+        slices.move(self.named[index][1], tensors.as_tensor(memory))
 
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         """The parameter's in training: what ``precision`` says, for floating point numbers."""
