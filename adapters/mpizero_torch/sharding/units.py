@@ -66,9 +66,10 @@ def _explain_released(function: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(function, "__name__", str(function))
     is_data = getattr(function, "__self__", None) is torch.Tensor.data
     if is_data or name not in _OF_FORM:
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        kinds = ReleasedParameter.__name__, "ReleasedSlice"
+        given = (x for x in tree_leaves((args, kwargs)) if type(x).__name__ in kinds)
         raise MpizeroError(
-            f"{name}() on a parameter of shape {tuple(given[0].shape)}, which is sharded over "
+            f"{name}() on a parameter of shape {tuple(next(given).shape)}, which is sharded over "
             "the ranks: its values are gathered only while a module needs them. Read it inside "
             "`with mz.gathered(model):`, or from model.state_dict()."
         )
