@@ -485,3 +485,15 @@ def test_adding_to_a_gradient_without_the_wrapped_module(stage: int) -> None:
     model(torch.ones(1, 1)).sum().backward()
     with pytest.raises(mz.MpizeroError, match=r"the module that mz\.zero"):
         inner(torch.ones(1, 1)).sum().backward()
+
+
+@several_ranks
+@pytest.mark.parametrize("way", SHARDED)
+def test_one_rank_alone_asks_for_a_gradient(way: dict[str, Any]) -> None:
+    both = Both(way)
+    both.backward()
+    with pytest.raises(mz.MismatchError, match=r"full_gradient\(\)"):
+        if both.world.rank == 1:
+            mz.full_gradient(both.inner.last.weight)
+        else:
+            both.step()

@@ -54,7 +54,7 @@ def set_gradient(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None
         parameter.grad = None if gradient is None else gradient.to(parameter.dtype).clone()
         return
     module, index = found
-    module.follow()
+    module.follow("set_gradient()")
     module.check_reduced("set_gradient()")
     if gradient is None:
         _agree(module, index, "None")
@@ -75,7 +75,7 @@ def full_parameter(parameter: nn.Parameter) -> torch.Tensor:
     if found is None:
         return parameter.detach().clone()
     module, index = found
-    module.follow()
+    module.follow("full_parameter()")
     whole = module.state.collect(index, None)
     assert whole is not None  # for every rank
     return slices.wrap(whole, parameter)
@@ -104,7 +104,7 @@ def set_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
             "set_parameter() inside `with mz.gathered(..., modify=True):`, whose parameters are "
             "rank 0's in the end. Write to the parameter itself."
         )
-    module.follow()
+    module.follow("set_parameter()")
     _agree(module, index, octets(slices.local(value)))
     module.state.store(index, value)
     module.state.memory.settle()
@@ -123,12 +123,13 @@ def optimizer_state(parameter: nn.Parameter) -> dict[str, Any]:
             "a parameter of a sharded model", "Of a plain optimizer it is optimizer.state[p].",
         )  # fmt: skip
     module, index = found
+    module.follow("optimizer_state()")
     return module.optimizer.state_of(index)
 
 
 def whole_gradient(module: ShardedModule, index: int) -> torch.Tensor | None:
     """All of a mean gradient, put together from the ranks' parts. Collective."""
-    module.follow()
+    module.follow("full_gradient()")
     module.check_reduced("full_gradient()")
     if index not in module.gradients.marks:
         return None

@@ -13,8 +13,11 @@ from mpizero.reduction.operation import SUM
 _WORD_BITS, _WORDS = 20, 3
 
 
-def compare(world: World, digests: Sequence[int], description: str, what: str) -> None:
-    """Raise MismatchError, with the ranks' descriptions, unless all have the same. Collective."""
+def compare(world: World, digests: Sequence[int], description: str, where: str, sure: bool) -> None:
+    """Raise MismatchError, with the ranks' descriptions, unless all have the same. Collective.
+
+    ``where``: in which call; ``sure``: that all ranks are in it (see ``World.submit``).
+    """
     if world.size == 1:
         return
     words = [
@@ -24,8 +27,11 @@ def compare(world: World, digests: Sequence[int], description: str, what: str) -
     ]
     sums = np.array([*words, *(word * word for word in words)], np.float64)
     world.submit(
-        f"comparing {what}", lambda run, parts: run.all_reduce(sums, SUM), nbytes=sums.nbytes
+        f"{where}: comparing gradients and parameters",
+        lambda run, parts: run.all_reduce(sums, SUM),
+        nbytes=sums.nbytes,
+        sure=sure,
     ).wait()
     values, squares = sums.reshape(2, -1)
     if (squares * world.size != values**2).any():
-        world.agree([description, *map(hex, digests)], what)
+        world.agree([description, *map(hex, digests)], f"{where}: gradients or parameters")

@@ -34,7 +34,7 @@ def gathered(model: Any, modify: bool = False) -> Iterator[Any]:
         for module, indices in sharded_among(_parameters(model)).items():
             world = module.state.group.world
             stack.enter_context(world.together("gathered()"))
-            module.follow()
+            module.follow("gathered()")
             world.agree(list(map(str, indices)), "the parameters to be gathered")
             stack.callback(module.state.memory.settle)
             stack.enter_context(model_state.whole(module, modify, indices))

@@ -62,7 +62,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
         yield model.module if isinstance(model, DistributedModule) else model
         return
     with state.group.world.together("gathered()"):
-        model.follow()
+        model.follow("gathered()")
         with whole(model, modify, range(len(state.named))):
             yield model.module
         state.memory.settle()

@@ -152,7 +152,7 @@ class ShardedModule(DistributedModule):
         On every rank, or on ``root`` only ({} elsewhere). With ``precision``, the float32 values
         that are trained. Takes memory for the result only, and for a piece of a parameter.
         """
-        self.follow()
+        self.follow("state_dict()")
         return whole_state_dict(self.module, self._state, root, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,22 +229,24 @@ class ShardedModule(DistributedModule):
         self.check_reduced("optimizer.step()")
         if self._schedule is not None:
             self._schedule.before_update()
-        self.follow()
+        self.follow("optimizer.step()", sure=True)
 
     def check_reduced(self, where: str) -> None:
         """Raise MpizeroError if there are gradients that no pass has averaged."""
         if self._hooks.here():
             raise no_gradients(where)
 
-    def follow(self) -> None:
+    def follow(self, where: str, *, sure: bool = False) -> None:
         """What the program has done to gradients and parameters holds from here on. Collective.
 
         All ranks must have done the same, and none reads the old parameters any more then.
+        ``where``: in which call, which all must have made; ``sure``: it is not compared at a cost.
         """
         self.gradients.follow()
         changed, number, error = self.writes.find()
         said = f"{self.gradients.description}; {self.writes.describe(changed, error)}"
-        compare(self._lane.world, [self.gradients.digest, number], said, "gradients or parameters")
+        digests = [self.gradients.digest, number]
+        compare(self._lane.world, digests, said, where, sure)
         if error is not None:
             raise error
         self.gradients.agree()
@@ -285,7 +287,7 @@ class ShardedModule(DistributedModule):
             members.append(index)
         self.world.agree([str(members)], "the parameters of the new group")
         optimizer = self.optimizer
-        self.follow()
+        self.follow("add_param_group()")
         with self._whole_parameters():
             added = self._state.add(len(optimizer.param_groups), members)
         self.writes.settle()
