@@ -16,6 +16,7 @@ from mpizero_torch.checkpointing.model import as_array, plain_module
 from mpizero_torch.names import named_parameters
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
+from mpizero_torch.sharding.optimizer_state import merged as merged_others
 
 PART = "optimizer"
 
@@ -224,9 +225,8 @@ def _collect_sharded(
             flat = tensors.as_array(values.contiguous().view(-1))
             piece = Piece(f"{names[index]}/{key}", start if sliced else 0, flat)
             pieces += strips(piece, boxes[index]) if sliced else [piece]
-    for _, each in everyones:
-        for index, values in each.items():
-            others.setdefault(names[index], {}).update(values)
+    for index, values in merged_others(each for _, each in everyones).items():
+        others.setdefault(names[index], {}).update(values)
 
 
 def _short(groups: Sequence[Sequence[str]]) -> str:

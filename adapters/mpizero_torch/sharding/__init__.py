@@ -11,6 +11,7 @@ from mpizero_torch.sharding.deferred import deferred
 from mpizero_torch.sharding.model_state import gathered
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.precision import MixedPrecision
 from mpizero_torch.sharding.zero import zero
 
-__all__ = ["ShardedModule", "ShardedOptimizer", "deferred", "gathered", "zero"]
+__all__ = ["MixedPrecision", "ShardedModule", "ShardedOptimizer", "deferred", "gathered", "zero"]

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
-from mpizero_torch import names, slices
+from mpizero_torch import names, slices, tensors
 from mpizero_torch.replicate import Buffers, Structure
+from mpizero_torch.sharding.boundary import Boundary
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
+from mpizero_torch.sharding.precision import Layers
 from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
@@ -45,6 +46,8 @@ class ShardedModule(DistributedModule):
         sharding: Sharding,
         *,
         broadcast_buffers: bool,
+        layers: Layers | None,
+        boundary: Boundary | None,
         loss_scale: LossScale | None,
         aside: StateOnDisk | None,
         initialise: Initialise | None,
@@ -54,6 +57,12 @@ class ShardedModule(DistributedModule):
         self._in_join = False
         self._named = list(names.named_parameters(module))
         initialiser = Initialiser(module, [p for _, p in self._named], self.world, initialise)
+        self._boundary = boundary
+        if layers is not None:
+            layers.convert_buffers()
+            layers.hook()
+        if boundary is not None:
+            boundary.hook()
         self._optimizer, self._sharding = [optimizer], sharding
         self._loss_scale, self._aside = loss_scale, aside
         self._units, unit_of = self._find_units()
@@ -99,10 +108,12 @@ class ShardedModule(DistributedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
         self._check_unwritten()
-        if self._sharding.precision is None:
+        if self._boundary is None:
             return super().forward(*args, **kwargs)
-        args, kwargs = tree_map(self._narrow, (args, kwargs))
-        return tree_map(self._widen, super().forward(*args, **kwargs))
+        with self._boundary.crossed():
+            args, kwargs = self._boundary.taken_in(args, kwargs)
+            output = super().forward(*args, **kwargs)
+            return self._boundary.given_out(output)
 
     @contextmanager
     def join(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
@@ -182,7 +193,7 @@ class ShardedModule(DistributedModule):
         if name not in names:
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
         index = names.index(name)
-        dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
+        dtype = tensors.torch_dtype(self._state.gradient_dtype(self._state.space_of[index].space))
         shape = self._state.shapes[index]
         whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
         has = 0
@@ -228,21 +239,26 @@ class ShardedModule(DistributedModule):
 
     def should_update(self) -> bool:
         """False if the gradients overflowed, on any rank, under a scaled loss."""
-        return self._loss_scale is None or self._loss_scale.update(self.sharder.overflowed)
+        scale = self._loss_scale
+        return scale is None or scale.should_step(self.sharder.overflowed, self.world.rank)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While an optimizer changes this rank's shards, outside of an update. Collective."""
+        if self._schedule is not None:
+            self._schedule.release_all()
+        self._state.memory.settle()
+        yield
+        self.after_update()
 
     def after_update(self) -> None:
         """This rank's shards have been updated: publish them. Collective."""
         self._state.memory.publish()
 
     @property
-    def keeps_state_aside(self) -> bool:
-        """Is the optimizer's state kept outside of memory?"""
-        return self._aside is not None
-
-    def put_state_aside(self, state: dict[str, Any]) -> None:
-        """Let a run's state, in place, be where it is kept."""
-        if self._aside is not None:
-            self._aside.take(state)
+    def aside(self) -> StateOnDisk | None:
+        """Where the optimizer's state is kept, if that is outside of memory."""
+        return self._aside
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Train further parameters of the model, with these settings (see the optimizer)."""
@@ -341,6 +357,8 @@ class ShardedModule(DistributedModule):
 
     def _prepare_pass(self) -> None:
         optimizer, sharder = self.optimizer, self.sharder
+        if self._loss_scale is not None:
+            self._loss_scale.check_pass({id(parameter) for _, parameter in self._named})
         sharder.keeps = optimizer.holds_gradients
         if sharder.keeps:
             for run in optimizer.runs:
@@ -351,6 +369,8 @@ class ShardedModule(DistributedModule):
         if self._schedule is not None:
             self._schedule.end_of_backward()
         self.optimizer.receive(anywhere.__getitem__)
+        if self._loss_scale is not None:
+            self._loss_scale.gradients_changed()
         if self.sharder.overflowed and self._loss_scale is None:
             # A GradScaler looks at this rank's shards alone; every rank's must tell it.
             for gradient in self.own_gradients():
@@ -359,18 +379,6 @@ class ShardedModule(DistributedModule):
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad()
-
-    def _narrow(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.to(self._sharding.precision)
-        return value
-
-    def _widen(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dtype == self._sharding.precision:
-            value = value.float()
-            if self._loss_scale is not None:
-                value = self._loss_scale.apply(value)
-        return value
 
     def _current_versions(self) -> list[int]:
         # Writing to a DTensor counts for its own part, and for itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from mpizero import MpizeroError
 from mpizero.diagnostics import recorder
 from mpizero_torch import slices
-from mpizero_torch.sharding.offload import with_gradients
+from mpizero_torch.sharding.offload import StateOnDisk, States, with_gradients
 from mpizero_torch.sharding.optimizer_state import consolidate, distribute
 from mpizero_torch.sharding.runs import Run, split
 
@@ -36,6 +37,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._inner = inner
         # The numbers of each group's parameters, in the order of the plain optimizer's.
         self._members: list[list[int]] = []
+        self._was_skipped = False
         super().__init__([{"params": [nn.Parameter(torch.empty(0))]}], inner.defaults)
         self.param_groups = inner.param_groups
         self.state = inner.state
@@ -45,6 +47,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Update these runs, of ``module``; ``members``: the plain optimizer's groups."""
         self._module = module
+        if module.aside is not None:
+            self.state = self._inner.state = States(module.aside, self._inner.state)
         self._members = [list(each) for each in members]
         self._runs = list(runs)
         self._regroup()
@@ -53,7 +57,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update this rank's shards with their gradients, and every rank's parameters. Collective.
 
-        Raises MpizeroError if gradients have only been accumulated under ``no_sync``.
+        The inner optimizer's ``step`` is called once, or, if gradients overflowed under a loss
+        scale, not at all: see ``step_was_skipped``.
+
+        Raises MpizeroError if gradients have only been accumulated under ``no_sync``, or if they
+        overflow whatever the loss scale.
         """
         loss = None
         if closure is not None:
@@ -61,13 +69,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with recorder().span("optimizer"):
             self._module.before_update()
-            if self._module.should_update():
-                if self._at_once:
-                    self._inner.step()
-                else:
-                    self._step_by_run()
+            self._was_skipped = not self._module.should_update()
+            if not self._was_skipped:
+                self._step_inner()
             self._module.after_update()
         return loss
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Was the last ``step`` left out, since gradients overflowed? The same on all ranks.
+
+        For learning rate schedules, which go on with the steps that are made.
+        """
+        return self._was_skipped
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("train", "eval") and hasattr(vars(self).get("_inner"), name):
+            return partial(self._change, name)
+        raise AttributeError(
+            f"'{type(self).__name__}' object has no attribute '{name}'", name=name, obj=self
+        )
+
+    def _change(self, name: str) -> None:
+        """Let the inner optimizer go over to other parameters, and publish them. Collective."""
+        with self._module.changing():
+            getattr(self._inner, name)()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, of the shards and those still on this rank."""
@@ -168,22 +194,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def runs(self) -> Sequence[Run]:
         return self._runs
 
-    @property
-    def _at_once(self) -> bool:
-        return all(run.is_direct for run in self._runs) and not self._module.keeps_state_aside
-
-    def _step_by_run(self) -> None:
-        """One run after the other, so that what it needs beside the shards is one run's."""
-        for run in self._runs:
-            run.parameter.grad = None
-        for run, gradient in with_gradients(self._runs):
-            run.parameter.grad = gradient
+    def _step_inner(self) -> None:
+        """Once, with all gradients where and in the dtype that it works in."""
+        aside = self._module.aside
+        copied = [run for run in self._runs if not run.is_direct]
+        for run, gradient in with_gradients(copied):
+            run.parameter.grad = gradient if aside is None else self._in_file(run, gradient, aside)
+        try:
             self._inner.step()
-            run.parameter.grad = None
-            self._module.put_state_aside(self.state.get(run.parameter, {}))
-        for run in self._runs:
-            if run.has_gradient and run.is_direct:
-                run.parameter.grad = run.gradient
+        finally:
+            for run in copied:
+                run.parameter.grad = None
+
+    def _in_file(self, run: Run, gradient: torch.Tensor, aside: StateOnDisk) -> torch.Tensor:
+        """A copy of a gradient that takes no memory: the same file at every step."""
+        if run.copy is None:
+            run.copy = aside.empty_like(gradient)
+        run.copy.copy_(gradient)
+        return run.copy
 
     def _regroup(self) -> None:
         for number, group in enumerate(self.param_groups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ class Sharding:
     how: str  # of ParameterMemory
     segment_bytes: int
     precision: torch.dtype | None = None
+    in_float32: Collection[int] = ()  # the ids of parameters that keep their dtype
     accumulate_in_float32: bool = False
     offload: str | None = None
 
@@ -137,6 +138,7 @@ class ShardedState:
             [self.gradient_dtype(own.space) for own in trained],
             self._allocate,
             whole=self.sharding.stage == 1,
+            on_the_way=[self._dtype_on_the_way(own.space) for own in trained],
             stream=lambda: tensors.current_stream(self.device),
             fill=fill,
             left=left,
@@ -296,8 +298,9 @@ class ShardedState:
 
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         """The parameter's in training: what ``precision`` says, for floating point numbers."""
-        if self.sharding.precision is not None and parameter.is_floating_point():
-            return self.sharding.precision
+        precision = self.sharding.precision
+        if precision is not None and parameter.is_floating_point():
+            return parameter.dtype if id(parameter) in self.sharding.in_float32 else precision
         return parameter.dtype
 
     def _master_dtype(self, space: Space) -> Any:
@@ -312,9 +315,20 @@ class ShardedState:
         return self.sharding.offload is not None and self.device.type == "cuda"
 
     def gradient_dtype(self, space: Space) -> Any:
-        """In which the shards of a space's gradients are kept."""
-        if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
+        """In which the shards of a space's gradients are kept.
+
+        float16 has no room for those that a loss scale was needed for, once it is divided out.
+        """
+        sharding = self.sharding
+        wide = sharding.accumulate_in_float32 or sharding.precision == torch.float16
+        if wide and space.layout.dtype.itemsize == 2:
             return np.dtype(np.float32)
+        return space.layout.dtype
+
+    def _dtype_on_the_way(self, space: Space) -> Any:
+        """In which a space's gradients travel."""
+        if self.sharding.accumulate_in_float32:
+            return self.gradient_dtype(space)
         return space.layout.dtype
 
     def _allocate(self, count: int, dtype: Any) -> Any:

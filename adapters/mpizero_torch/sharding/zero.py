@@ -14,22 +14,17 @@ from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, ta
 from mpizero_torch import names, slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
+from mpizero_torch.sharding.boundary import Boundary
 from mpizero_torch.sharding.element_wise import choose_partition
-from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.precision import Layers, MixedPrecision, as_policy, loss_scale
 from mpizero_torch.sharding.state import Sharding
 from mpizero_torch.torch_surface import check_module
 from mpizero_torch.wrapper import DistributedModule
 
 SEGMENT_MB = SEGMENT_BYTES / 2**20
-
-_PRECISIONS = {
-    None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
-    torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: None,
-}  # fmt: skip
-
 
 def zero(
     model: nn.Module,
@@ -39,7 +34,7 @@ def zero(
     world: World | None = None,
     partition: str = "auto",
     share_parameters: bool | None = None,
-    precision: str | torch.dtype | None = None,
+    precision: str | torch.dtype | MixedPrecision | None = None,
     accumulate_in_float32: bool = False,
     shard_group: str | int = "world",
     offload: str | None = None,
@@ -70,7 +65,8 @@ def zero(
         to them; ``mz.gathered(model, modify=True)`` is for everything else.
     precision : "bf16" or "fp16": parameters and gradients in 16 bits, float32 copies of them and
         the optimizer's state sharded. The module's inputs are converted, its outputs made float32;
-        "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks.
+        "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks
+        (``optimizer.step_was_skipped``). ``mz.MixedPrecision`` has the choices there are.
     accumulate_in_float32 : with 16-bit parameters, add gradients up in float32.
     shard_group : "world"; "node" or a number k to keep a whole state in each node, or in every k
         ranks (counted node by node), and copies of it in the others (hierarchical sharding).
@@ -88,12 +84,11 @@ def zero(
             raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
         if isinstance(names.uncompiled(model), DistributedModule):
             raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
-        if precision not in _PRECISIONS:
-            raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
+        policy = as_policy(precision)
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
         if stage == 0:
-            _refuse_for_replicas(precision, offload, shard_group)
+            _refuse_for_replicas(policy, offload, shard_group)
             return DistributedDataParallel(
                 model, world=world, forward_sync_buffers=None if broadcast_buffers else False
             ), optimizer
@@ -104,7 +99,9 @@ def zero(
         slices.check("zero()", named, world)
         are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
         partition = choose_partition(optimizer, partition, are_cut)
-        _agree(world, named, list(names.named_buffers(model)), groups, partition, stage)
+        layers = None if policy is None else Layers(model, policy)
+        how = f"stage {stage}, partition {partition}, precision {policy}"
+        _agree(world, named, list(names.named_buffers(model)), groups, how)
         lane = take_lane(world)
         group = ShardGroup(lane.world, shard_group)
         sharding = Sharding(
@@ -112,7 +109,8 @@ def zero(
             partition,
             _where(group, stage, share_parameters),
             max(64, int(segment_mb * 2**20)),
-            _PRECISIONS[precision],
+            None if policy is None else policy.torch_dtype,
+            frozenset() if layers is None else layers.kept,
             accumulate_in_float32,
             offload,
         )
@@ -126,6 +124,8 @@ def zero(
                     "torch's schedules differentiate a stage in ways that do not tell when.",
                 )  # fmt: skip
         before = optimizer.state_dict() if optimizer.state else None
+        scale = loss_scale(policy)
+        boundary = None if policy is None else Boundary(model, policy, scale)
         sharded = ShardedOptimizer(optimizer)
         module = ShardedModule(
             model,
@@ -136,7 +136,9 @@ def zero(
             group,
             sharding,
             broadcast_buffers=broadcast_buffers,
-            loss_scale=LossScale() if sharding.precision == torch.float16 else None,
+            layers=layers,
+            boundary=boundary,
+            loss_scale=scale,
             aside=StateOnDisk(offload_dir) if offload == "disk" else None,
             initialise=initialise,
         )
@@ -182,8 +184,7 @@ def _agree(
     named: Sequence[tuple[str, torch.Tensor]],
     buffers: Sequence[tuple[str, torch.Tensor]],
     groups: Sequence[Sequence[int]],
-    partition: str,
-    stage: int,
+    how: str,
 ) -> None:
     """All ranks must be about to shard the same."""
     world.agree(
@@ -191,7 +192,7 @@ def _agree(
         "parameters and buffers",
     )
     world.agree(
-        [f"stage {stage}, partition {partition}", *map(str, groups)],
+        [how, *map(str, groups)],
         "the stage and the parameters of the optimizer's groups",
     )
 
@@ -221,7 +222,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _refuse_for_replicas(*given: Any) -> None:
     precision, offload, shard_group = given
     for name, value, plain in (
-        ("precision", precision, (None, "fp32", torch.float32)),
+        ("precision", precision, (None,)),
         ("offload", offload, (None,)),
         ("shard_group", shard_group, ("world",)),
     ):
