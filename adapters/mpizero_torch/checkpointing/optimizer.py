@@ -225,8 +225,8 @@ def _collect_sharded(
             flat = tensors.as_array(values.contiguous().view(-1))
             piece = Piece(f"{names[index]}/{key}", start if sliced else 0, flat)
             pieces += strips(piece, boxes[index]) if sliced else [piece]
-    for index, values in merged_others(each for _, each in everyones).items():
-        others.setdefault(names[index], {}).update(values)
+    for index, found in merged_others(each for _, each in everyones).items():
+        others.setdefault(names[index], {}).update(found)
 
 
 def _short(groups: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ from mpizero_torch.wrapper import DistributedModule
 
 SEGMENT_MB = SEGMENT_BYTES / 2**20
 
+
 def zero(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
