@@ -256,13 +256,13 @@ def _largest_difference(
     for name, should in expected.items():
         is_sharded = isinstance(model, ShardedModule)
         found = model.gradient(name) if is_sharded else named[name].grad
-        lengths = [_length([each]) for each in (found, should) if each is not None]
-        if not any(lengths):
-            continue  # None here, and zero there: both are no gradient
-        wanted = torch.zeros_like(found) if should is None else should
-        given = torch.zeros_like(wanted) if found is None else found
+        # None here, and zero there: both are no gradient.
+        given, wanted = (
+            torch.zeros_like(named[name], dtype=torch.float64) if each is None else each.double()
+            for each in (found, should)
+        )
         short = max(_length([wanted]), _SHORT * whole, 1e-30)
-        by = _length([given.double() - wanted.double()]) / short
+        by = _length([given - wanted]) / short
         if not by <= worst[1]:
             worst = name, by
     return worst

@@ -99,7 +99,8 @@ def zero(
         groups = _group_numbers(optimizer, named)
         slices.check("zero()", named, world)
         are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
-        partition = choose_partition(optimizer, partition, are_cut)
+        parts = 1 if shard_group == 1 else world.size
+        partition = choose_partition(optimizer, partition, parts, are_cut)
         layers = None if policy is None else Layers(model, policy)
         how = f"stage {stage}, partition {partition}, precision {policy}"
         _agree(world, named, list(names.named_buffers(model)), groups, how)
