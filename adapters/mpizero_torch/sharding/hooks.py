@@ -80,12 +80,12 @@ class ShardHooks(BackwardHooks):
             return range(len(self._all))
         return self._reducer.awaited
 
-    def forget(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._held.clear()
-        self._leaving.clear()
-        for parameter in self._all:
-            parameter.grad = None
+    def forget(self, members: Collection[int]) -> None:
+        """Drop the gradients of these parameters that are still on this rank."""
+        for index in members:
+            self._held.pop(index, None)
+            self._leaving.pop(index, None)
+            self._all[index].grad = None
 
     @property
     def has_unreduced(self) -> bool:

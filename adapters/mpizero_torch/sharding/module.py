@@ -21,6 +21,7 @@ from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.precision import Layers
+from mpizero_torch.sharding.runs import Run
 from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
 from mpizero_torch.wrapper import DistributedModule
@@ -38,8 +39,9 @@ class ShardedModule(DistributedModule):
     def __init__(
         self,
         module: nn.Module,
-        optimizer: ShardedOptimizer,
-        groups: Sequence[Sequence[int]],
+        optimizers: Sequence[ShardedOptimizer],
+        groups: Sequence[Sequence[Sequence[int]]],
+        partitions: Sequence[str],
         world: World,
         lane: Lane,
         group: ShardGroup,
@@ -63,18 +65,25 @@ class ShardedModule(DistributedModule):
             layers.hook()
         if boundary is not None:
             boundary.hook()
-        self._optimizer, self._sharding = [optimizer], sharding
+        self._optimizers, self._partitions = list(optimizers), list(partitions)
+        self._sharding = sharding
         self._loss_scale, self._aside = loss_scale, aside
         self._units, unit_of = self._find_units()
+        every = [members for each in groups for members in each]
+        cuts = [cut for each, cut in zip(groups, partitions, strict=True) for _ in each]
         self._state = ShardedState(
-            self._named, groups, group, sharding, self._units, unit_of, initialiser.prepare, aside
-        )
+            self._named, every, cuts, group, sharding, self._units, unit_of, initialiser.prepare,
+            aside,
+        )  # fmt: skip
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]
             self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
         self._hooks = self._make_hooks()
-        optimizer.take(self, self._state.make_runs(self.sharder), groups)
+        runs, number = self._state.make_runs(self.sharder), 0
+        for optimizer, members in zip(optimizers, groups, strict=True):
+            optimizer.take(self, runs, range(number, number + len(members)), members)
+            number += len(members)
         self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
         self._versions = self._current_versions()
         self._changes_when_summed: list[int] = []
@@ -83,9 +92,21 @@ class ShardedModule(DistributedModule):
         self._watch_parameters()
 
     @property
+    def optimizers(self) -> list[ShardedOptimizer]:
+        """The optimizers that were made with this module."""
+        return list(self._optimizers)
+
+    @property
     def optimizer(self) -> ShardedOptimizer:
-        """The optimizer that was made with this module."""
-        return self._optimizer[0]
+        """The optimizer that was made with this module, where there is one only."""
+        only: ShardedOptimizer
+        (only,) = self._optimizers
+        return only
+
+    @property
+    def runs(self) -> list[Run]:
+        """This rank's shards, as its optimizers have them."""
+        return [run for optimizer in self._optimizers for run in optimizer.runs]
 
     @property
     def loss_scale(self) -> float:
@@ -116,15 +137,16 @@ class ShardedModule(DistributedModule):
             return self._boundary.given_out(output)
 
     @contextmanager
-    def join(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    def join(self, optimizer: Any = None) -> Iterator[None]:
         """For loops that may end earlier on some ranks: see ``DistributedDataParallel.join``.
 
-        Ranks that are done take part in the others' updates too, so it wants the optimizer. Raises
-        ArgumentError without it.
+        Ranks that are done take part in the others' updates too, so it wants the optimizer, or the
+        list of them. Raises ArgumentError without it.
         """
-        if optimizer is not self.optimizer:
+        every = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        if {id(each) for each in every} != {id(each) for each in self._optimizers}:
             given = "nothing" if optimizer is None else "another optimizer"
-            raise ArgumentError("join()", "optimizer", given, "the one that mz.zero() gave back")
+            raise ArgumentError("join()", "optimizer", given, "what mz.zero() gave back")
         if self.world.size == 1:
             yield
             return
@@ -139,7 +161,8 @@ class ShardedModule(DistributedModule):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as the optimizer's does."""
-        self.optimizer.zero_grad(set_to_none)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, root: int | None = None, **kwargs: Any) -> Any:
         """The plain module's state_dict, with whole parameters. Collective.
@@ -175,7 +198,7 @@ class ShardedModule(DistributedModule):
 
     def own_gradients(self) -> list[torch.Tensor]:
         """This rank's part of the mean gradients."""
-        return [run.gradient for run in self.optimizer.runs if run.has_gradient]
+        return [run.gradient for run in self.runs if run.has_gradient]
 
     def own_squares(self) -> float:
         """The sum of their squares: known since they were summed, unless they changed since."""
@@ -197,7 +220,7 @@ class ShardedModule(DistributedModule):
         shape = self._state.shapes[index]
         whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
         has = 0
-        for run in self.optimizer.runs:
+        for run in self.runs:
             for piece in run.pieces:
                 if piece.index == index and run.has_gradient:
                     has = 1
@@ -213,25 +236,34 @@ class ShardedModule(DistributedModule):
         """Take part in the others' update, if they have announced one."""
         if not self.sharder.told.updates:
             return False
-        self._update_together(None)
+        optimizer = self._update_together(None)
         self._in_join = False  # the update itself is not announced once more
-        self.optimizer.step()
+        optimizer.step()
         self._in_join = True
         return True
 
-    def _update_together(self, mine: list[dict[str, Any]] | None) -> None:
-        """Go by the settings (learning rates, ...) of the ranks that have them from their loop."""
-        every = self._lane.world.gather_objects(mine)
-        theirs = next(settings for settings in every if settings is not None)
-        for group, settings in zip(self.optimizer.param_groups, theirs, strict=True):
-            group.update(settings)
+    def _update_together(self, mine: ShardedOptimizer | None) -> ShardedOptimizer:
+        """Whose update it is, with the settings (learning rates, ...) of the ranks that make it.
 
-    def before_update(self) -> None:
+        ``mine``: this rank's, from its loop.
+        """
+        said = None
+        if mine is not None:
+            settings = [_settings(group) for group in mine.param_groups]
+            said = self._optimizers.index(mine), settings
+        every = self._lane.world.gather_objects(said)
+        number, theirs = next(each for each in every if each is not None)
+        optimizer: ShardedOptimizer = self._optimizers[number]
+        for group, settings in zip(optimizer.param_groups, theirs, strict=True):
+            group.update(settings)
+        return optimizer
+
+    def before_update(self, optimizer: ShardedOptimizer) -> None:
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
         if self._in_join:
             self.sharder.announce_update()
-            self._update_together([_settings(group) for group in self.optimizer.param_groups])
-        if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
+            self._update_together(optimizer)
+        if self._hooks.has_unreduced and not any(run.has_gradient for run in self.runs):
             raise no_gradients("optimizer.step()")
         if self._schedule is not None:
             self._schedule.release_all()
@@ -243,43 +275,47 @@ class ShardedModule(DistributedModule):
         return scale is None or scale.should_step(self.sharder.overflowed, self.world.rank)
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def changing(self, optimizer: ShardedOptimizer) -> Iterator[None]:
         """While an optimizer changes this rank's shards, outside of an update. Collective."""
         if self._schedule is not None:
             self._schedule.release_all()
         self._state.memory.settle()
         yield
-        self.after_update()
+        self.after_update(optimizer)
 
-    def after_update(self) -> None:
-        """This rank's shards have been updated: publish them. Collective."""
-        self._state.memory.publish()
+    def after_update(self, optimizer: ShardedOptimizer) -> None:
+        """This rank's shards have been updated by it: publish them. Collective."""
+        numbers = optimizer.numbers
+        self._state.memory.publish(
+            {own.number for own in self._state.trained if own.group in numbers}
+        )
 
     @property
     def aside(self) -> StateOnDisk | None:
         """Where the optimizer's state is kept, if that is outside of memory."""
         return self._aside
 
-    def add_group(self, group: dict[str, Any]) -> None:
+    def add_group(self, optimizer: ShardedOptimizer, group: dict[str, Any]) -> None:
         """Train further parameters of the model, with these settings (see the optimizer)."""
         names = {id(parameter): at for at, (_, parameter) in enumerate(self._named)}
+        taken = {index for each in self._optimizers for index in each.members}
         members: list[int] = []
         for parameter in group["params"]:
             index = names.get(id(parameter))
-            if index is None or self.optimizer.has(index) or index in members:
+            if index is None or index in taken or index in members:
                 raise ArgumentError(
                     "add_param_group()", "params", f"a parameter of shape {tuple(parameter.shape)}",
                     "parameters of the model that are in no group of the optimizer",
                 )  # fmt: skip
             members.append(index)
         self.world.agree([str(members)], "the parameters of the new group")
-        optimizer = self.optimizer
+        partition = self._partitions[self._optimizers.index(optimizer)]
         with self._whole_parameters():
-            added = self._state.add(len(optimizer.param_groups), members)
+            number, added = self._state.add_group(members, partition)
         self._hooks.remove()
         self._hooks = self._make_hooks()
-        self._state.rebase(optimizer.runs, self.sharder)
-        optimizer.adopt(self._state.make_runs(self.sharder, added), group, members)
+        self._state.rebase(self.runs, self.sharder)
+        optimizer.adopt(self._state.make_runs(self.sharder, added), number, group, members)
         self._were_trainable = []
         self._watch_parameters()
 
@@ -291,9 +327,12 @@ class ShardedModule(DistributedModule):
         finally:
             self.let_parameters_go()
 
-    def forget_unreduced(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._hooks.forget()
+    def forget_unreduced(self, optimizer: ShardedOptimizer) -> None:
+        """Drop those of its gradients that are still on this rank, and those of no optimizer."""
+        others = {
+            index for each in self._optimizers if each is not optimizer for index in each.members
+        }
+        self._hooks.forget([index for index in range(len(self._named)) if index not in others])
 
     def _watch_parameters(self) -> None:
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
@@ -356,19 +395,20 @@ class ShardedModule(DistributedModule):
         return 1.0 if self._loss_scale is None else self._loss_scale.value
 
     def _prepare_pass(self) -> None:
-        optimizer, sharder = self.optimizer, self.sharder
+        sharder, runs = self.sharder, self.runs
         if self._loss_scale is not None:
             self._loss_scale.check_pass({id(parameter) for _, parameter in self._named})
-        sharder.keeps = optimizer.holds_gradients
+        sharder.keeps = any(run.has_gradient for run in runs)
         if sharder.keeps:
-            for run in optimizer.runs:
+            for run in runs:
                 if not run.has_gradient:
                     run.gradient.zero_()
 
     def _take_gradients(self, anywhere: list[bool]) -> None:
         if self._schedule is not None:
             self._schedule.end_of_backward()
-        self.optimizer.receive(anywhere.__getitem__)
+        for optimizer in self._optimizers:
+            optimizer.receive(anywhere.__getitem__)
         if self._loss_scale is not None:
             self._loss_scale.gradients_changed()
         if self.sharder.overflowed and self._loss_scale is None:
@@ -378,7 +418,7 @@ class ShardedModule(DistributedModule):
         self._changes_when_summed = _changes(self.own_gradients())
 
     def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad()
+        self.zero_grad()
 
     def _current_versions(self) -> list[int]:
         # Writing to a DTensor counts for its own part, and for itself.

@@ -35,6 +35,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self._inner = inner
+        self._numbers: list[int] = []
         # The numbers of each group's parameters, in the order of the plain optimizer's.
         self._members: list[list[int]] = []
         self._was_skipped = False
@@ -43,14 +44,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state = inner.state
 
     def take(
-        self, module: ShardedModule, runs: Sequence[Run], members: Sequence[Sequence[int]]
+        self,
+        module: ShardedModule,
+        runs: Sequence[Run],
+        numbers: Sequence[int],
+        members: Sequence[Sequence[int]],
     ) -> None:
-        """Update these runs, of ``module``; ``members``: the plain optimizer's groups."""
+        """Update those of the runs of ``module`` that are in one of its groups.
+
+        ``numbers``: of its groups among all optimizers'; ``members``: the parameters of each.
+        """
         self._module = module
         if module.aside is not None:
             self.state = self._inner.state = States(module.aside, self._inner.state)
         self._members = [list(each) for each in members]
-        self._runs = list(runs)
+        self._numbers = list(numbers)
+        self._runs = [run for run in runs if run.group in self._numbers]
         self._regroup()
 
     @torch.no_grad()
@@ -68,11 +77,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with recorder().span("optimizer"):
-            self._module.before_update()
+            self._module.before_update(self)
             self._was_skipped = not self._module.should_update()
             if not self._was_skipped:
                 self._step_inner()
-            self._module.after_update()
+            self._module.after_update(self)
         return loss
 
     @property
@@ -92,12 +101,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _change(self, name: str) -> None:
         """Let the inner optimizer go over to other parameters, and publish them. Collective."""
-        with self._module.changing():
+        with self._module.changing(self):
             getattr(self._inner, name)()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, of the shards and those still on this rank."""
-        self._module.forget_unreduced()
+        self._module.forget_unreduced(self)
         for run in self._runs:
             if set_to_none:
                 run.forget()
@@ -111,7 +120,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         given = param_group["params"]
         parameters = [given] if isinstance(given, torch.Tensor) else list(given)
-        self._module.add_group({**param_group, "params": parameters})
+        self._module.add_group(self, {**param_group, "params": parameters})
 
     def state_dict(self, root: int | None = None) -> dict[str, Any]:
         """The plain optimizer's state_dict, of whole parameters. Collective.
@@ -124,7 +133,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             found = consolidate(
                 self._inner, self._runs, self._members, state.shapes, state.group, root
             )
-            indices = [index for members in self._members for index in members]
+            indices = self.members
             for number, values in found["state"].items():
                 _as_placed(values, state.named[indices[number]][1])
             return found
@@ -139,9 +148,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         self._regroup()
 
-    def adopt(self, runs: Sequence[Run], group: dict[str, Any], members: Sequence[int]) -> None:
+    def adopt(
+        self, runs: Sequence[Run], number: int, group: dict[str, Any], members: Sequence[int]
+    ) -> None:
         """A further group, whose parameters are these runs'."""
         self._runs = [*self._runs, *runs]
+        self._numbers.append(number)
         self._members.append(list(members))
         # An optimizer refuses a group without parameters, which a rank may have.
         placeholder = [nn.Parameter(torch.empty(0))]
@@ -170,9 +182,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Are there gradients in the shards, to which the next ones are added?"""
         return any(run.has_gradient for run in self._runs)
 
-    def has(self, index: int) -> bool:
-        """Is this parameter in one of its groups?"""
-        return any(index in members for members in self._members)
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of its groups, among all optimizers' of the model."""
+        return self._numbers
+
+    @property
+    def members(self) -> list[int]:
+        """The numbers of its parameters."""
+        return [index for members in self._members for index in members]
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -214,7 +232,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return run.copy
 
     def _regroup(self) -> None:
-        for number, group in enumerate(self.param_groups):
+        for number, group in zip(self._numbers, self.param_groups, strict=True):
             group["params"] = [run.parameter for run in self._runs if run.group == number]
 
 
