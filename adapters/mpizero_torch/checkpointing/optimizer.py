@@ -38,7 +38,7 @@ def optimizer_part(
 ) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of an optimizer's state, and what of it is no tensor. Collective.
 
-    ``name``: of the part. Without the state of what is each rank's ``own``, which is in a part of its own.
+    ``name``: of the part. Without the state of what is each rank's ``own``, which is in another.
     """
     names = group_names(optimizer, model)
     part_name = name
@@ -88,9 +88,9 @@ def load_optimizer(
 ) -> None:
     """Give an optimizer what was saved as ``part``; a sharded one reads its own of it.
 
-    Talks to nobody. ``elsewhere``: the parameters that its groups have on other stages of a pipeline; ``of_rank``:
-    what this rank had of its own (see ``own.py``). Raises ArgumentError if its groups have other
-    parameters.
+    Talks to nobody. ``elsewhere``: the parameters that its groups have on other stages of a
+    pipeline; ``of_rank``: what this rank had of its own (see ``own.py``). Raises ArgumentError if
+    its groups have other parameters.
     """
     saved = checkpoint.values[part]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
