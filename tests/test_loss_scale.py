@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import mpizero_torch as mz
 from mpizero_torch.sharding.loss_scale import LossScale
@@ -169,6 +170,62 @@ def test_gradients_of_inputs_and_through_several_forwards(way: dict[str, Any]) -
     assert leaf.grad is not None and part.grad is not None
     expected = own(leaf.grad) * mz.init().size / 2
     torch.testing.assert_close(part.grad, expected, rtol=2e-2, atol=1e-5)
+
+
+class Checkpointed(Net):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__("float")
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return checkpoint(self.net, x, use_reentrant=self.reentrant).float()
+
+
+@ranks
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_computed_again_in_backward_is_scaled_once(
+    way: dict[str, Any], reentrant: bool
+) -> None:
+    inner, alone = Checkpointed(reentrant), Net("float")
+    optimizer = torch.optim.SGD(inner.parameters(), 0.05)
+    model, _ = mz.zero(inner, optimizer, precision="fp16", **way)
+    x, y = batch()
+    loss_of(alone, x, y).backward()
+    loss_of(model, own(x).requires_grad_(), own(y)).backward()
+    assert_gradients(model, alone)
+
+
+class Cache:
+    """What a model keeps of its own from one call to the next."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> dict[str, Any]:
+        cache = Cache() if cache is None else cache
+        cache.seen.append(self.net(x))
+        return {"out": torch.cat(cache.seen), "cache": cache}
+
+
+@ranks
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_cache_goes_in_and_out_as_it_is(precision: str) -> None:
+    inner = Remembering()
+    optimizer = torch.optim.SGD(inner.parameters(), 0.05)
+    model, _ = mz.zero(inner, optimizer, precision=precision)
+    for call in (model, inner):
+        with torch.no_grad():
+            first = call(torch.ones(1, 6))
+            second = call(torch.ones(1, 6), first["cache"])
+        assert second["cache"] is first["cache"] and len(first["cache"].seen) == 2
+        assert second["out"].dtype == torch.float32 and second["out"].shape == (2, 6)
 
 
 def penalty(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -46,8 +47,10 @@ def _inside(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 def replaced(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``value`` with ``change(tensor)`` for each of the tensors in it.
 
-    What holds a tensor that changes is copied, and so is what holds that; the rest is as it was.
-    Raises TypeError for what cannot be copied.
+    What holds a tensor that changes is copied, and so is what holds that; the rest is as it was. Of
+    objects that are neither containers nor dataclasses only tensors that require a gradient are
+    changed: a cache, for instance, goes on as the one that it is. Raises TypeError for what cannot
+    be copied.
     """
     leaves, form = tree_flatten(value)
     changed = [_replaced_inside(leaf, change) for leaf in leaves]
@@ -61,8 +64,10 @@ def _replaced_inside(leaf: Any, change: Callable[[torch.Tensor], torch.Tensor]) 
     if isinstance(leaf, torch.Tensor):
         return change(leaf)
     news: dict[int, torch.Tensor] = {}
+    every = dataclasses.is_dataclass(leaf)
     for tensor in tensors_in(leaf):
-        if id(tensor) not in news and (new := change(tensor)) is not tensor:
+        wanted = id(tensor) not in news and (every or tensor.requires_grad)
+        if wanted and (new := change(tensor)) is not tensor:
             news[id(tensor)] = new
     return _with(leaf, news, {}) if news else leaf
 

@@ -23,7 +23,7 @@ from mpizero_torch.torch_surface import lacking
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _as_it_is(function: _F, recursive: bool = True) -> _F:
+def as_it_is(function: _F, recursive: bool = True) -> _F:
     """A function that torch.compile leaves alone, and without ``recursive`` not what it calls.
 
     (torch.compiler.disable would import all of dynamo with this module.)
@@ -67,7 +67,7 @@ class DistributedModule(nn.Module):
         """Before a pass: see to it that the parameters' gradients are noticed."""
 
     # The inner module is what torch.compile may compile; what is around it runs as it is.
-    @functools.partial(_as_it_is, recursive=False)
+    @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. Sends nothing."""
         weight, (args, kwargs) = self._before_forward(args, kwargs)
@@ -75,7 +75,7 @@ class DistributedModule(nn.Module):
             output = self.module(*args, **kwargs)
         return self._after_forward(output, weight)
 
-    @_as_it_is
+    @as_it_is
     def _before_forward(self, args: Any, kwargs: Any) -> tuple[Weight, tuple[Any, Any]]:
         if torch.is_grad_enabled():
             self._watch_parameters()
@@ -83,7 +83,7 @@ class DistributedModule(nn.Module):
                 self._hooks.check_last_pass()
         return batch_weight.fed((args, kwargs), self._stated)
 
-    @_as_it_is
+    @as_it_is
     def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.

@@ -22,6 +22,7 @@ from mpizero_torch import engine_runs, names
 from mpizero_torch.outputs import replaced, tensors_in
 from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.precision import MixedPrecision
+from mpizero_torch.wrapper import as_it_is
 
 # In what torch says of tensors that do not fit each other.
 _OF_DTYPES = re.compile(r"dtype|scalar type|data type|type \(|BFloat16|Half", re.IGNORECASE)
@@ -58,6 +59,7 @@ class Boundary:
         finally:
             self._inside = before
 
+    @as_it_is
     def taken_in(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The inputs as the module computes with them."""
         unscaled = self._scale is not None and torch.is_grad_enabled()
@@ -72,6 +74,7 @@ class Boundary:
             raise self._not_replaced("an input", error) from error
         return args, kwargs
 
+    @as_it_is
     def given_out(self, output: Any) -> Any:
         """The outputs as the loop goes on with them."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from mpizero_torch.sharding.precision import Layers
 from mpizero_torch.sharding.runs import Run
 from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
-from mpizero_torch.wrapper import DistributedModule
+from mpizero_torch.wrapper import DistributedModule, as_it_is
 
 
 class ShardedModule(DistributedModule):
@@ -126,6 +127,7 @@ class ShardedModule(DistributedModule):
     def state(self) -> ShardedState:
         return self._state
 
+    @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
         self._check_unwritten()
