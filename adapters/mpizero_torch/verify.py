@@ -17,7 +17,7 @@ from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.precision import as_policy
 from mpizero_torch.sharding.zero import zero
 
-Build = Callable[[], tuple[nn.Module, torch.optim.Optimizer, Callable[..., torch.Tensor]]]
+Build = Callable[[], tuple[nn.Module, Any, Callable[..., torch.Tensor]]]
 
 # Relative to the loss. Sums over ranks are rounded in another order than sums within one batch, and
 # a few steps of an optimizer amplify that: some hundred units in the last place.
@@ -122,8 +122,9 @@ def verify(
 ) -> VerifyReport:
     """Train some steps at each stage, and in one process, and compare. Collective.
 
-    ``build()`` gives a model, its optimizer, and ``loss(model, *batch)``, a mean over samples; it
-    is called once for each stage and once for one process, after ``torch.manual_seed(seed)``.
+    ``build()`` gives a model, its optimizer (or a list of several), and ``loss(model, *batch)``, a
+    mean over samples; it is called once for each stage and once for one process, after
+    ``torch.manual_seed(seed)``.
     ``batches``: the whole batches, the same on all ranks: tuples of tensors with samples on the
     first axis, of which every rank takes its part. One process takes them whole, on every rank.
     ``options`` are ``mz.zero``'s. Returns a report to print; ``report.ok`` says it in a word.
@@ -182,16 +183,19 @@ class _Alone:
 def _alone(build: Build, batches: Sequence[Sequence[Any]], seed: int) -> _Alone:
     torch.manual_seed(seed)
     model, optimizer, loss = build()
+    optimizers = _listed(optimizer)
     named = dict(named_parameters(model))
     found = _Alone(model, [], {name: p.detach().clone() for name, p in named.items()}, {})
     for batch in batches:
         value = loss(model, *batch)
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         value.backward()
         for name, parameter in named.items() if not found.losses else ():
             gradient = parameter.grad
             found.gradients[name] = None if gradient is None else gradient.detach().clone()
-        optimizer.step()
+        for each in optimizers:
+            each.step()
         found.losses.append(value.item())
     return found
 
@@ -210,6 +214,7 @@ def _compare(
     plain, plain_optimizer, loss = build()
     kept = options if stage else {}
     model, optimizer = zero(plain, plain_optimizer, stage, world=world, **kept)
+    optimizers = _listed(optimizer)
     differences: list[float] = []
     gradient, gradient_by = None, 0.0
     for batch, should in zip(batches, alone.losses, strict=True):
@@ -219,13 +224,15 @@ def _compare(
         while not is_made:  # a loss scale has to be found first
             if count % world.size:
                 model.weigh(stop - start)
-            value = loss(model, *(each[start:stop] for each in batch))
-            optimizer.zero_grad()
+            value = loss(model, *(part[start:stop] for part in batch))
+            for each in optimizers:
+                each.zero_grad()
             value.backward()
             if not differences:
                 gradient, gradient_by = _largest_difference(model, alone.gradients)
-            optimizer.step()
-            is_made = not getattr(optimizer, "step_was_skipped", False)
+            for each in optimizers:
+                each.step()
+            is_made = not any(getattr(each, "step_was_skipped", False) for each in optimizers)
         found = world.allreduce(value.item() * (stop - start)) / count
         differences.append(abs(found - should) / max(abs(should), 1e-30))
     wrong = [step for step, each in enumerate(differences) if not each <= bounds.loss]
@@ -244,6 +251,10 @@ def _compare(
         update_by,
         update_by <= bounds.update,
     )
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
 def _largest_difference(
