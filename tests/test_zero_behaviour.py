@@ -343,16 +343,6 @@ def test_gradients_say_where_they_are(way: dict[str, Any]) -> None:
         model.gradient("nothing")
 
 
-@several_ranks
-def test_released_parameters_say_where_they_are() -> None:
-    _, _, model, _ = pair({"stage": 3, "share_parameters": False})
-    weight = model.module.head.weight
-    assert weight.shape == (17, 16) and "sharded" in repr(weight)
-    for read in (weight.sum, weight.detach, lambda: weight + 1, lambda: weight.data):
-        with pytest.raises(mz.MpizeroError, match="gathered"):
-            read()
-
-
 @ranks
 @pytest.mark.parametrize("way", STAGES)
 def test_looking_at_and_changing_parameters(way: dict[str, Any]) -> None:

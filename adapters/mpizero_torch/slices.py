@@ -76,14 +76,26 @@ def copy_number(tensor: torch.Tensor, world: World) -> int:
 
 def wrap(own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor as such a one: a DTensor cut as ``like`` is, if it is one."""
-    if not is_slice(like):
+    return put_together(own, cut_of(like))
+
+
+def cut_of(tensor: torch.Tensor) -> Any:
+    """How a DTensor is cut, without its memory; None for other tensors."""
+    if not is_slice(tensor):
+        return None
+    found: Any = tensor
+    return found.device_mesh, found.placements, found.shape, found.stride()
+
+
+def put_together(own: torch.Tensor, cut: Any) -> torch.Tensor:
+    """This rank's part, and how all of it is cut, as a DTensor; without a cut the tensor itself."""
+    if cut is None:
         return own
-    form: Any = like
+    mesh, placements, shape, stride = cut
     kind = sys.modules["torch.distributed.tensor"].DTensor
     found: torch.Tensor = kind.from_local(
-        own, form.device_mesh, form.placements,
-        run_check=False, shape=form.shape, stride=form.stride(),
-    )  # fmt: skip
+        own, mesh, placements, run_check=False, shape=shape, stride=stride
+    )
     return found
 
 

@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,21 +15,11 @@ from mpizero import MpizeroError, World
 from mpizero.diagnostics import recorder
 from mpizero.engine import Weight
 from mpizero_torch import batch_weight, names, slices
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.hooks import BackwardHooks
 from mpizero_torch.replicate import Buffers, broadcast_optimizer, broadcast_tensors
 from mpizero_torch.tied_stages import TiedStages
 from mpizero_torch.torch_surface import lacking
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def as_it_is(function: _F, recursive: bool = True) -> _F:
-    """A function that torch.compile leaves alone, and without ``recursive`` not what it calls.
-
-    (torch.compiler.disable would import all of dynamo with this module.)
-    """
-    disabled: _F = vars(torch)["_disable_dynamo"](function, recursive=recursive)
-    return disabled
 
 
 class DistributedModule(nn.Module):
@@ -87,7 +77,7 @@ class DistributedModule(nn.Module):
     def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
-            counted = float(weight.value > 0) if weight.stated else weight.value
+            counted = float(weight is not batch_weight.IDLE) if weight.stated else weight.value
             self._hooks.watch_output(output, counted)
         return batch_weight.fed_on(output)
 

@@ -44,6 +44,8 @@ class ParameterMemory:
         self._is_common: list[bool] = []
         self._trained: list[int] = []
         self.masters: list[Any] = []
+        self._sends: bool | None = None
+        self.changes = 0  # how often values have been stored or updated
 
     def add(self, space: Space, *, trained: bool = True, master: Any = None) -> int:
         """Make memory for a space; returns its number. Collective.
@@ -63,6 +65,7 @@ class ParameterMemory:
         if master is not None:
             wide = self._allocate_private(space.shard_size(self._group.part), master)
         number = len(self._spaces)
+        self._sends = None
         self._spaces.append(space)
         self._flats.append(flat)
         self.masters.append(wide)
@@ -102,6 +105,7 @@ class ParameterMemory:
         The same on all ranks. float32 values reach the masters unrounded. To be followed by
         ``settle``.
         """
+        self.changes += 1
         cut = self._spaces[space]
         for block, place in self._stored_here(space):
             found = cut.layout.overlap(str(index), place)
@@ -126,6 +130,7 @@ class ParameterMemory:
         ``spaces``: which have been updated, the same on all ranks. Sharded ones are rounded from
         their masters, and travel when next gathered. Collective.
         """
+        self.changes += 1
         updated = [at for at in self._trained if at in spaces]
         for at in updated:
             if self.masters[at] is not None:
@@ -190,6 +195,14 @@ class ParameterMemory:
             sure=False,
             nbytes=int(whole.nbytes),
         )
+
+    @property
+    def sends_to_gather(self) -> bool:
+        """Sharded: does any ``gather`` need the other ranks? Nobody may gather alone then."""
+        if self._sends is None:
+            spaces = range(len(self._spaces))
+            self._sends = any(self._reachable(space) is None for space in spaces)
+        return self._sends
 
     @property
     def common_bytes(self) -> int:

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError
 from mpizero_torch import engine_runs, names
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.outputs import replaced, tensors_in
 from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.precision import MixedPrecision
-from mpizero_torch.wrapper import as_it_is
 
 # In what torch says of tensors that do not fit each other.
 _OF_DTYPES = re.compile(r"dtype|scalar type|data type|type \(|BFloat16|Half", re.IGNORECASE)

@@ -11,8 +11,8 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, Owner, check_dense, times
+from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
-from mpizero_torch.sharding.units import UnitSchedule
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 Left = Callable[[], Sequence[int]]

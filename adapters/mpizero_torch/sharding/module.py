@@ -13,6 +13,7 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices, tensors
+from mpizero_torch.compiling import as_it_is
 from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.boundary import Boundary
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
@@ -23,9 +24,10 @@ from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.precision import Layers
 from mpizero_torch.sharding.runs import Run
+from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.state import ShardedState, Sharding
-from mpizero_torch.sharding.units import Unit, UnitSchedule, find_units
-from mpizero_torch.wrapper import DistributedModule, as_it_is
+from mpizero_torch.sharding.units import Unit, find_units
+from mpizero_torch.wrapper import DistributedModule
 
 
 class ShardedModule(DistributedModule):
@@ -79,7 +81,8 @@ class ShardedModule(DistributedModule):
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]
-            self._schedule = UnitSchedule(module, self._units, parameters, self._state.memory)
+            memory = self._state.memory
+            self._schedule = UnitSchedule(module, self._units, parameters, memory, group.world)
         self._hooks = self._make_hooks()
         runs, number = self._state.make_runs(self.sharder), 0
         for optimizer, members in zip(optimizers, groups, strict=True):
@@ -185,7 +188,7 @@ class ShardedModule(DistributedModule):
 
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.let_all_go()
         self._versions = self._current_versions()
 
     @property
@@ -268,7 +271,7 @@ class ShardedModule(DistributedModule):
         if self._hooks.has_unreduced and not any(run.has_gradient for run in self.runs):
             raise no_gradients("optimizer.step()")
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.before_update()
         self._state.memory.settle()
 
     def should_update(self) -> bool:
@@ -280,7 +283,7 @@ class ShardedModule(DistributedModule):
     def changing(self, optimizer: ShardedOptimizer) -> Iterator[None]:
         """While an optimizer changes this rank's shards, outside of an update. Collective."""
         if self._schedule is not None:
-            self._schedule.release_all()
+            self._schedule.before_update()
         self._state.memory.settle()
         yield
         self.after_update(optimizer)
@@ -291,6 +294,8 @@ class ShardedModule(DistributedModule):
         self._state.memory.publish(
             {own.number for own in self._state.trained if own.group in numbers}
         )
+        if self._schedule is not None:
+            self._schedule.after_update()
 
     @property
     def aside(self) -> StateOnDisk | None:
@@ -426,6 +431,7 @@ class ShardedModule(DistributedModule):
         # Writing to a DTensor counts for its own part, and for itself.
         return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
 
+    @as_it_is
     def _check_unwritten(self) -> None:
         """Shared memory written to by every rank would have been written to n times."""
         if self._sharding.how != COMMON or self._state.group.inner.size == 1:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mpizero import MpizeroError
+from mpizero_torch import compiling
 
 # What may be done to it: forgetting it, and looking at its form.
 _HARMLESS = {"zero_", "detach_", "requires_grad_", "__get__", "size", "dim", "numel", "is_sparse"}
@@ -29,6 +30,9 @@ class ShardedGradient(torch.Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if compiling.is_describing():
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", str(function))
         if name in ("zero_", "detach_", "requires_grad_"):
             return args[0]

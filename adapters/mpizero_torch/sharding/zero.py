@@ -254,7 +254,10 @@ def _where(group: ShardGroup, stage: int, share: bool | None) -> str:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    if any(isinstance(part, torch._dynamo.OptimizedModule) for part in model.modules()):
+    if any(
+        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+        for part in model.modules()
+    ):
         raise ArgumentError(
             "zero()", "model", "compiled by torch.compile, for stage 3 without shared parameters",
             "a plain module, or stage 1 or 2, or shared parameters",
