@@ -106,21 +106,8 @@ def assert_gradients(model: Any, alone: nn.Module, factor: float = 1.0) -> None:
 
 @ranks
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("how", ["plain", "float", "loss", "both"])
+@pytest.mark.parametrize("how", ["plain", "float", "loss", "both", "dataclass", "slots"])
 def test_gradients_are_those_of_float32_whatever_comes_out(how: str, way: dict[str, Any]) -> None:
-    model, optimizer = wrapped(how, way)
-    alone = Net(how)
-    x, y = batch()
-    loss_of(alone, x, y).backward()
-    loss_of(model, own(x), own(y)).backward()
-    assert_gradients(model, alone)
-    assert_the_norm_and_the_inner_forward(model, optimizer, alone)
-
-
-@ranks
-@pytest.mark.parametrize("way", WAYS[:3])
-@pytest.mark.parametrize("how", ["dataclass", "slots"])
-def test_gradients_through_objects(how: str, way: dict[str, Any]) -> None:
     model, optimizer = wrapped(how, way)
     alone = Net(how)
     x, y = batch()
