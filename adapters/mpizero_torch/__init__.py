@@ -34,6 +34,7 @@ from mpizero_torch.mesh import Mesh, mesh
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding import (
+    MixedPrecision,
     ShardedModule,
     ShardedOptimizer,
     deferred,
@@ -60,6 +61,7 @@ __all__ = [
     "MemoryReport",
     "Mesh",
     "MismatchError",
+    "MixedPrecision",
     "MpizeroError",
     "PreemptionGuard",
     "RankDiedError",

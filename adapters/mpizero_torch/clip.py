@@ -112,7 +112,7 @@ def _own_power(model: DistributedModule, norm_type: float) -> float:
 def _spoken_for(model: DistributedModule, counts: list[bool]) -> Iterator[torch.Tensor]:
     """This rank's gradients, without what another rank along the model's axes speaks for."""
     if isinstance(model, ShardedModule):
-        for run in model.optimizer.runs:
+        for run in model.runs:
             for piece in run.pieces if run.has_gradient else ():
                 if counts[piece.index]:
                     yield run.gradient.reshape(-1)[piece.place]

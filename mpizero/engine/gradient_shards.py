@@ -7,7 +7,7 @@ segments' worth is used again and again, so that no rank ever holds all gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -62,7 +62,8 @@ class GradientSharder(ReducedPasses):
     """Reduces the gradients of ``specs``, laid out in ``spaces``, to this rank's shards.
 
     ``shards[s]``: this rank's gradient of space s, 1-D, of ``dtypes[s]`` (the parameters' own, or
-    float32). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
+    float32); ``on_the_way``: the dtypes in which they travel, by default the same (and always with
+    ``whole``). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
     numbers of those in the list that this rank has no gradient for (or has filled in before),
     which become zero. ``key``: the segment's number, and which memory it is; equal keys come with
     equal fillings. ``left()``: the parameters that still have a gradient when backward
@@ -82,6 +83,7 @@ class GradientSharder(ReducedPasses):
         allocate: Allocate,
         *,
         whole: bool,
+        on_the_way: Sequence[Any] | None = None,
         stream: Callable[[], int | None] = lambda: None,
         fill: Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]],
         left: Callable[[], Sequence[int]] = lambda: (),
@@ -110,6 +112,8 @@ class GradientSharder(ReducedPasses):
         self._numbers_of = [[numbers[id(p)] for p in pieces] for pieces in self._segments_of]
         self._waiting = list(self._segments_of)
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
+        travelling = dtypes if whole or on_the_way is None else on_the_way
+        self._on_the_way = [np.dtype(dtype) for dtype in travelling]
         self._make_memory(allocate)
         self.keeps = False  # are there gradients in the shards, to which the next pass adds?
         # A number for what was done to them since the last pass, which all ranks have to have done,
@@ -192,10 +196,15 @@ class GradientSharder(ReducedPasses):
             # The place of the mean is about to be filled with this rank's next gradients.
             self._kept = [self._own(piece).copy() for piece in self._segments]
 
-    def zero_kept(self) -> None:
-        """The mean that was put aside, while its place is used, becomes zero."""
-        for each in self._kept:
-            each[...] = 0
+    def zero_kept(self, members: Collection[int]) -> None:
+        """The mean that was put aside, while its place is used, becomes zero for ``members``.
+
+        All of the parameters of a space, or none of them, are among these.
+        """
+        own = set(members)
+        for piece, each in zip(self._segments, self._kept, strict=False):
+            if own.issuperset(piece.segment.members):
+                each[...] = 0
 
     def _own_news(self) -> dict[str, float]:
         marks = float(self.marks % MARKS)
@@ -332,15 +341,15 @@ class GradientSharder(ReducedPasses):
         if self._whole:
             self._memory = [allocate(space.size, dtype) for space, dtype in spaces]
             return
-        for dtype in dict.fromkeys(self._dtypes):
-            sizes = [p.segment.size for p in self._segments if self._dtypes[p.space] == dtype]
+        for dtype in dict.fromkeys(self._on_the_way):
+            sizes = [p.segment.size for p in self._segments if self._on_the_way[p.space] == dtype]
             self._buffers[dtype] = [
                 allocate(max(sizes), dtype) for _ in range(min(BUFFERS, len(sizes)))
             ]
         self._memory = []
-        for space, dtype in spaces:
+        for (space, dtype), travelling in zip(spaces, self._on_the_way, strict=True):
             memory = empty_like(
-                self._buffers[dtype][0], (space.shard_size(self._group.part),), dtype
+                self._buffers[travelling][0], (space.shard_size(self._group.part),), dtype
             )
             memory[...] = 0
             self._memory.append(memory)
@@ -357,7 +366,7 @@ class GradientSharder(ReducedPasses):
 
         Waits for the segment that used it before.
         """
-        segment, dtype = piece.segment, self._dtypes[piece.space]
+        segment, dtype = piece.segment, self._on_the_way[piece.space]
         if self._whole:
             return self._memory[piece.space][segment.start : segment.stop], 0
         at = number % len(self._buffers[dtype])

@@ -18,9 +18,11 @@ from mpizero_torch.sharding.deferred import deferred
 from mpizero_torch.sharding.gathering import gathered
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.precision import MixedPrecision
 from mpizero_torch.sharding.zero import zero
 
 __all__ = [
+    "MixedPrecision",
     "ShardedModule",
     "ShardedOptimizer",
     "deferred",

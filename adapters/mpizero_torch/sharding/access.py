@@ -124,7 +124,10 @@ def optimizer_state(parameter: nn.Parameter) -> dict[str, Any]:
         )  # fmt: skip
     module, index = found
     module.follow("optimizer_state()")
-    return module.optimizer.state_of(index)
+    for optimizer in module.optimizers:
+        if index in optimizer.members:
+            return optimizer.state_of(index)
+    return {}
 
 
 def whole_gradient(module: ShardedModule, index: int) -> torch.Tensor | None:
@@ -136,7 +139,7 @@ def whole_gradient(module: ShardedModule, index: int) -> torch.Tensor | None:
     state = module.state
     dtype = tensors.torch_dtype(state.gradient_dtype(state.space_of[index].space))
     whole = torch.zeros(state.shapes[index], dtype=dtype, device=state.device)
-    for run in module.optimizer.runs if state.group.is_holder else ():
+    for run in module.runs if state.group.is_holder else ():
         for piece in run.pieces:
             if piece.index == index:
                 whole.view(-1)[piece.elements] = run.gradient.reshape(-1)[piece.place].to(whole)
@@ -174,7 +177,7 @@ def _find(function: str, parameter: Any) -> tuple[ShardedModule, int] | None:
         index = numbers.get(id(parameter))
         if index is not None and module.state.named[index][1] is parameter:
             return module, index
-        if any(run.parameter is parameter for run in module.optimizer.runs):
+        if any(run.parameter is parameter for run in module.runs):
             raise ArgumentError(
                 function, "parameter", "one of the optimizer's, which is this rank's shard",
                 "a parameter of the model",

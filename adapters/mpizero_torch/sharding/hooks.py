@@ -115,17 +115,16 @@ class ShardHooks(BackwardHooks):
             return range(len(self._all))
         return self._reducer.awaited
 
-    def forget(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._held.clear()
-        self._leaving.clear()
-        self._here = False
-        for parameter in self._all:
-            parameter.grad = None
+    def forget(self, members: Collection[int]) -> None:
+        """Drop the gradients of these parameters that are still on this rank."""
+        for index in members:
+            self._held.pop(index, None)
+            self._leaving.pop(index, None)
+            self._all[index].grad = None
 
-    def zero(self) -> None:
-        """Let the gradients that are still on this rank be zero."""
-        for index in self.here():
+    def zero(self, members: Collection[int]) -> None:
+        """Let those of these parameters be zero that are still on this rank."""
+        for index in set(members).intersection(self.here()):
             gradient = self._all[index].grad
             if gradient is not None:
                 gradient.detach_() if gradient.grad_fn is not None else None
@@ -283,7 +282,7 @@ class ShardHooks(BackwardHooks):
         self._forget_merge()
         self._here = False
         if not self._reducer.keeps and self._gradients.marks:
-            self._gradients.clear()  # shadowing: the others have forgotten theirs since
+            self._gradients.clear_all()  # shadowing: the others have forgotten theirs since
         self._on_reduced(anywhere)
         self._gradients.placed(anywhere)
         for index, after in sorted(self._after.items()):

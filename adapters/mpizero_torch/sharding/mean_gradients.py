@@ -26,7 +26,7 @@ _UNTOUCHED = 1  # the mark of a gradient as the pass has left it
 
 
 class MeanGradients:
-    """Of ``named`` parameters, in the runs of ``optimizer``.
+    """Of ``named`` parameters, in the runs of ``optimizers``.
 
     ``is_reduced(index)``: is this parameter's gradient averaged at all? ``kept()``: the numbers of
     those that have a gradient of this rank's own beside, which no pass has averaged.
@@ -35,13 +35,13 @@ class MeanGradients:
     def __init__(
         self,
         named: Sequence[tuple[str, nn.Parameter]],
-        optimizer: Callable[[], ShardedOptimizer],
+        optimizers: Sequence[ShardedOptimizer],
         is_reduced: Callable[[int], bool],
         kept: Callable[[], Collection[int]],
     ) -> None:
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        self._optimizer, self._is_reduced, self._kept = optimizer, is_reduced, kept
+        self._optimizers, self._is_reduced, self._kept = list(optimizers), is_reduced, kept
         self.marks: dict[int, int] = {}  # of those that have a gradient in the shards
         self._changed: dict[int, str] = {}  # and what was done to them since the ranks agreed
         self._as_left: dict[int, tuple[Any, int]] = {}  # of those that have one here, too
@@ -138,27 +138,38 @@ class MeanGradients:
             self._changed.pop(index, None)
             self._as_left.pop(index, None)
         if self.marks:
-            self._optimizer().forget(set(indices).__contains__)
+            for optimizer in self._optimizers:
+                optimizer.forget(set(indices).__contains__)
         else:
-            self.clear()
+            self.clear_all()
         self.as_summed = False
         self._changed.update(dict.fromkeys(indices, "forgotten") if self.marks else {})
         if not was_written:
             self.saw()
 
-    def clear(self) -> None:
+    def clear(self, members: Collection[int]) -> None:
+        """Forget those of these parameters: all, or all of some of the optimizers."""
+        if len(members) == len(self._parameters):
+            self.clear_all()
+        else:
+            self.forget(sorted(self.marks.keys() & set(members)))
+
+    def clear_all(self) -> None:
         """Forget all."""
         self.marks.clear()
         self._changed.clear()
         self._as_left.clear()
-        for run in self._optimizer().runs:
-            run.forget()
+        for optimizer in self._optimizers:
+            for run in optimizer.runs:
+                run.forget()
 
-    def zero(self) -> None:
-        """Let all that there are be zero."""
+    def zero(self, members: Collection[int]) -> None:
+        """Let those of these parameters be zero: all, or all of some of the optimizers."""
+        own = set(members)
         for run in self._runs():
-            run.gradient.zero_()
-        for index in self.marks:
+            if own.issuperset(piece.index for piece in run.pieces):
+                run.gradient.zero_()
+        for index in own & self.marks.keys():
             self._note(index, "zero_")
 
     def set(self, index: int, gradient: torch.Tensor) -> None:
@@ -174,7 +185,9 @@ class MeanGradients:
         for run, piece in self._pieces(index):
             run.gradient.view(-1)[piece.place].copy_(flat[piece.elements])
         self.marks.pop(index, None)
-        self._optimizer().receive(lambda each: each == index)
+        for optimizer in self._optimizers:
+            if index in optimizer.members:
+                optimizer.receive(lambda each: each == index)
         self._note(index, "set", flat)
         parameter.grad = self._stand_ins[index]
         if not was_written:
@@ -208,10 +221,13 @@ class MeanGradients:
         return f" (#{self.marks[index] % (1 << 24):06x})" if index in self.marks else ""
 
     def _runs(self) -> Iterator[Run]:
-        return (run for run in self._optimizer().runs if run.has_gradient)
+        return (run for run in self._all_runs() if run.has_gradient)
+
+    def _all_runs(self) -> Iterator[Run]:
+        return (run for optimizer in self._optimizers for run in optimizer.runs)
 
     def _pieces(self, index: int) -> Iterator[tuple[Run, Any]]:
-        for run in self._optimizer().runs:
+        for run in self._all_runs():
             for piece in run.pieces:
                 if piece.index == index:
                     yield run, piece
@@ -300,7 +316,7 @@ class MeanGradients:
             for parameter in self._parameters:
                 if isinstance(parameter.grad, ShardedGradient):
                     parameter.grad = None
-            self.clear()
+            self.clear_all()
             return
         for run in runs:
             run.take_changes()

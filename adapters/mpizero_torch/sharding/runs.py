@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpizero import ArgumentError
 from mpizero.engine import Space
 from mpizero_torch import tensors
 from mpizero_torch.sharding.stand_in import OwnGradient, PartOfGradient, ShardedGradient
@@ -35,7 +36,8 @@ class Run:
     """Memory that is updated as one: ``parameter``, its ``gradient``, and what lies in it.
 
     ``home``: the number of its space among those of the optimizer, of the segment (or the
-    parameter, if it is a whole one), and where it begins there.
+    parameter, if it is a whole one), and where it begins there. ``is_cut``: parameters may begin
+    and end anywhere in it.
     """
 
     parameter: nn.Parameter
@@ -45,12 +47,18 @@ class Run:
     home: tuple[int, int, int]
     is_all: bool = False  # does one rank hold all there is?
     has_gradient: bool = False  # since it was last forgotten
+    is_cut: bool = False
+    copy: torch.Tensor | None = None  # of the gradient, in a file
     _shown: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradient, and what shows it
 
     def receive(self) -> None:
         """The gradient's memory holds a gradient now."""
         self.has_gradient = True
-        self.parameter.grad = self.shown
+        self.show()
+
+    def show(self) -> None:
+        """Let ``.grad`` be what the program may see of it."""
+        self.parameter.grad = self.shown if self.has_gradient else None
 
     def lend(self) -> None:
         """Let the optimizer, in its step, have the gradient itself."""
@@ -110,7 +118,8 @@ def slice_runs(
         found = [(index, space.layout.overlap(str(index), own)) for index in segment.members]
         pieces = tuple(Piece(index, *overlap) for index, overlap in found if overlap is not None)
         parameter = nn.Parameter(tensors.as_tensor(block))
-        yield Run(parameter, tensors.as_tensor(gradient), pieces, group, (number, at, 0))
+        gradient = tensors.as_tensor(gradient)
+        yield Run(parameter, gradient, pieces, group, (number, at, 0), is_cut=True)
 
 
 def parameter_runs(
@@ -162,20 +171,34 @@ def _cut(run: Run, fates: Sequence[Hashable], state: dict[Any, Any]) -> list[Run
         )
         number, segment, offset = run.home
         home = number, segment, offset + start
-        part = Run(parameter, run.gradient[start:stop], moved, run.group, home, run.is_all)
+        part = Run(
+            parameter, run.gradient[start:stop], moved, run.group, home, run.is_all, is_cut=True
+        )
         if run.has_gradient:
             part.receive()
         if before:
             state[parameter] = {
-                key: _part_of_state(value, count, start, stop) for key, value in before.items()
+                key: _part_of_state(key, value, count, start, stop) for key, value in before.items()
             }
         parts.append(part)
     return parts
 
 
-def _part_of_state(value: Any, count: int, start: int, stop: int) -> Any:
+def _part_of_state(key: str, value: Any, count: int, start: int, stop: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if value.dim() == 1 and value.numel() == count:
         return value[start:stop]
+    if value.numel() > 1:
+        raise not_by_element("optimizer", key, tuple(value.shape))
     return value.clone()
+
+
+def not_by_element(function: str, key: str, shape: tuple[int, ...]) -> ArgumentError:
+    """The error for state that cannot be cut, nor put together, where parameters are."""
+    return ArgumentError(
+        function, "partition", f"'flat' for an optimizer whose state '{key}' has shape {shape}, "
+        "neither one number for each element nor one for all",
+        "partition='parameter'", "mz.zero(..., partition='parameter') gives it whole parameters, "
+        "whose state may have any shape.",
+    )  # fmt: skip

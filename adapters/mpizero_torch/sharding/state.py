@@ -40,10 +40,10 @@ class Sharding:
     """How a model's state is spread; see ``mz.zero``."""
 
     stage: int
-    partition: str
     how: str  # of ParameterMemory
     segment_bytes: int
     precision: torch.dtype | None = None
+    in_float32: Collection[int] = ()  # the ids of parameters that keep their dtype
     accumulate_in_float32: bool = False
     offload: str | None = None
 
@@ -71,7 +71,8 @@ class OwnSpace:
 class ShardedState:
     """The parameters ``named``, moved to sharded memory, and the memory of their gradients.
 
-    ``groups``: for each of the optimizer's groups the numbers of its parameters. ``prepare`` is
+    ``groups``: for each of the optimizers' groups the numbers of its parameters, and
+    ``partitions``: how they are cut. ``prepare`` is
     called with each parameter before its values are read. Collective.
     """
 
@@ -79,6 +80,7 @@ class ShardedState:
         self,
         named: Sequence[tuple[str, nn.Parameter]],
         groups: Sequence[Sequence[int]],
+        partitions: Sequence[str],
         group: ShardGroup,
         sharding: Sharding,
         units: Sequence[Unit],
@@ -99,12 +101,19 @@ class ShardedState:
         self.spaces: list[OwnSpace] = []
         self.space_of: dict[int, OwnSpace] = {}
         self._precision = sharding.precision
+        self._partitions = {FROZEN: FLAT, **dict(enumerate(partitions))}
         for number, members in enumerate(groups):
             self.add(number, members)
         self.add(FROZEN, [i for i in range(len(self.named)) if i not in self.space_of])
 
+    def add_group(self, members: Iterable[int], partition: str) -> tuple[int, list[OwnSpace]]:
+        """Make a further group of an optimizer's; returns its number, too. Collective."""
+        number = max(self._partitions) + 1
+        self._partitions[number] = partition
+        return number, self.add(number, members)
+
     def add(self, group: int, members: Iterable[int]) -> list[OwnSpace]:
-        """Move the parameters ``members`` of an optimizer's group to sharded memory. Collective.
+        """Move the parameters ``members`` of a group to sharded memory. Collective.
 
         Those that can have no gradient (integers, as quantised models have them) are left out:
         whatever group they are in, they are kept like those that are in none.
@@ -137,6 +146,7 @@ class ShardedState:
             [self.gradient_dtype(own.space) for own in trained],
             self._allocate,
             whole=self.sharding.stage == 1,
+            on_the_way=[self._dtype_on_the_way(own.space) for own in trained],
             stream=lambda: tensors.current_stream(self.device),
             fill=fill,
             left=left,
@@ -153,7 +163,7 @@ class ShardedState:
         for at, own in enumerate(self.trained):
             if only is not None and own not in only:
                 continue
-            if self.sharding.partition == FLAT:
+            if self._partitions[own.group] == FLAT:
                 values, gradients = memory.updated(own.number), sharder.shard(at)
                 runs += slice_runs(own.space, at, own.group, part, values, gradients)
             else:
@@ -173,7 +183,7 @@ class ShardedState:
         """Let the runs' gradients, with what they hold, lie in another sharder's memory."""
         for run in runs:
             number, at, start = run.home
-            if self.sharding.partition == FLAT:
+            if run.is_cut:
                 memory = sharder.shard(number)[at][start : start + run.gradient.numel()]
             else:
                 memory = sharder.shard_of_parameter(number, at)
@@ -259,7 +269,7 @@ class ShardedState:
     def _add_space(self, group: int, members: list[int]) -> OwnSpace:
         parts, segment_bytes = self.group.parts, self.sharding.segment_bytes
         specs = self.specs()
-        if self.sharding.partition == FLAT or group == FROZEN:
+        if self._partitions[group] == FLAT:
             space = cut_flat(specs, members, parts, segment_bytes)
         else:
             owners = balanced_owners(specs, parts)
@@ -325,8 +335,9 @@ class ShardedState:
 
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         """The parameter's in training: what ``precision`` says, for floating point numbers."""
-        if self.sharding.precision is not None and parameter.is_floating_point():
-            return self.sharding.precision
+        precision = self.sharding.precision
+        if precision is not None and parameter.is_floating_point():
+            return parameter.dtype if id(parameter) in self.sharding.in_float32 else precision
         return parameter.dtype
 
     def _master_dtype(self, space: Space) -> Any:
@@ -341,9 +352,20 @@ class ShardedState:
         return self.sharding.offload is not None and self.device.type == "cuda"
 
     def gradient_dtype(self, space: Space) -> Any:
-        """In which the shards of a space's gradients are kept."""
-        if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
+        """In which the shards of a space's gradients are kept.
+
+        float16 has no room for those that a loss scale was needed for, once it is divided out.
+        """
+        sharding = self.sharding
+        wide = sharding.accumulate_in_float32 or sharding.precision == torch.float16
+        if wide and space.layout.dtype.itemsize == 2:
             return np.dtype(np.float32)
+        return space.layout.dtype
+
+    def _dtype_on_the_way(self, space: Space) -> Any:
+        """In which a space's gradients travel."""
+        if self.sharding.accumulate_in_float32:
+            return self.gradient_dtype(space)
         return space.layout.dtype
 
     def _allocate(self, count: int, dtype: Any) -> Any:
