@@ -108,7 +108,7 @@ def set_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
     _agree(module, index, octets(slices.local(value)))
     module.state.store(index, value)
     module.state.memory.settle()
-    module.let_parameters_go()  # what has been gathered is old
+    module.after_change()
 
 
 def optimizer_state(parameter: nn.Parameter) -> dict[str, Any]:

@@ -202,6 +202,12 @@ class ShardedModule(DistributedModule):
         """Let these parameters be there until what is returned is called."""
         return (lambda: None) if self._schedule is None else self._schedule.hold(indices)
 
+    def after_change(self) -> None:
+        """Values have been stored: what has been gathered before is old. Collective."""
+        if self._schedule is not None:
+            self._schedule.before_update()
+            self._schedule.after_update()
+
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
             self._schedule.let_all_go()
