@@ -68,7 +68,9 @@ class ShardedGradient(torch.Tensor):
         """``change(name, args, kwargs)`` does to the gradient what the method in place does."""
         one = torch.full((), _nothing(parameter.dtype), dtype=parameter.dtype)
         one = one.to(parameter.device)
-        found: ShardedGradient = one.expand(parameter.shape).as_subclass(cls)
+        # Laid out as its parameter where that is possible: torch warns of others.
+        form = one.view(parameter.shape) if parameter.numel() == 1 else one.expand(parameter.shape)
+        found: ShardedGradient = form.as_subclass(cls)
         vars(found).update(name=name, change=change)
         return found
 
