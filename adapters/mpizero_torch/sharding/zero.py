@@ -46,6 +46,7 @@ def zero(
     offload_dir: str | Path | None = None,
     initialise: Callable[[nn.Module], None] | None = None,
     segment_mb: float = SEGMENT_MB,
+    whole: Sequence[type[nn.Module] | nn.Module] = (),
     broadcast_buffers: bool = True,
 ) -> tuple[Any, Any]:
     """Shard the training of ``model`` with ``optimizer`` over the ranks (arXiv 1910.02054).
@@ -78,6 +79,8 @@ def zero(
     offload_dir : for "disk", the folder of its files.
     initialise : for models made in ``mz.deferred()``: called with each module of parameters.
     segment_mb : gradients are reduced, and parameters gathered, in pieces of this many MiB.
+    whole : modules, or classes of them, whose parameters are gathered in one piece, however large
+        (stage 3): over several nodes those of which each rank calls other parts, as with experts.
     broadcast_buffers : keep buffers (BatchNorm's statistics) as rank 0's.
 
     Raises ArgumentError and MismatchError for what cannot be right, before anything is changed.
@@ -92,6 +95,7 @@ def zero(
             raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
+        _check_whole(whole, model)
         if stage == 0:
             _refuse_for_replicas(precision, offload, shard_group)
             return DistributedDataParallel(
@@ -139,10 +143,25 @@ def zero(
             loss_scale=LossScale() if sharding.precision == torch.float16 else None,
             aside=StateOnDisk(offload_dir) if offload == "disk" else None,
             initialise=initialise,
+            whole=whole,
         )
         if before is not None:
             sharded.load_state_dict(before)
         return module, sharded
+
+
+def _check_whole(whole: Any, model: nn.Module) -> None:
+    given = whole if isinstance(whole, (list, tuple, set)) else [whole]
+    parts = list(model.modules())
+    for each in given:
+        if isinstance(each, type) and any(isinstance(part, each) for part in parts):
+            continue
+        if not any(part is each for part in parts):
+            name = each.__name__ if isinstance(each, type) else f"a {type(each).__name__}"
+            raise ArgumentError(
+                "zero()", "whole", f"{name}, of which the model has none",
+                "a list of modules of the model, or of their classes",
+            )  # fmt: skip
 
 
 def _check_dtypes(named: Sequence[tuple[str, nn.Parameter]]) -> None:
