@@ -38,9 +38,10 @@ class _Frame:
 class UnitSchedule:
     """Gathers and releases units as the module runs.
 
-    ``memory`` is the engine's ParameterMemory, the ranks of ``world`` gather together; ``units`` in the order in
-    which forward, most likely, comes to them: while one is computed the next is gathered, where
-    that takes messages. ``whole``: there are modules of which each rank may call other parts.
+    ``memory`` is the engine's ParameterMemory, which the ranks of ``world`` gather together;
+    ``units`` in the order in which forward, most likely, comes to them: while one is computed the
+    next is gathered, where that takes messages. ``whole``: there are modules of which each rank may
+    call other parts.
     """
 
     def __init__(
