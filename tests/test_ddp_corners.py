@@ -127,6 +127,63 @@ def test_gradients_that_are_kept_stay_as_they_are_in_a_join() -> None:
 
 
 @several_ranks
+@pytest.mark.parametrize("stated", ["before", "after"])
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_a_weight_that_was_stated_for_a_frozen_module_is_not_the_next_ones(
+    weight: float, stated: str
+) -> None:
+    """Its backward pass has come, and has asked for no gradient of a parameter."""
+    net, model = wrapped()
+    net.requires_grad_(False)
+    model.weigh(weight)
+    loss_of(model, "abc").backward()
+    net.requires_grad_(True)
+    if stated == "before":
+        model.weigh(1.0 + model.world.rank)
+    loss = loss_of(model, "abc", 1)
+    if stated == "after":
+        model.weigh(1.0 + model.world.rank)
+    loss.backward()
+    found = [taken(each.grad) for each in net.parameters()]
+    net.zero_grad()
+    means = []
+    for rank in range(model.world.size):
+        alone = Net(Shape(), 3)
+        x = seeded(8 + rank, 3, 4).requires_grad_()
+        taken(alone(x, "abc")).square().mean().backward()
+        means.append([taken(each.grad) * (1.0 + rank) for each in alone.parameters()])
+    whole = sum(range(1, model.world.size + 1))
+    for gradient, *terms in zip(found, *means, strict=True):
+        torch.testing.assert_close(gradient, sum(terms) / whole, rtol=1e-12, atol=1e-12)
+    loss_of(model, "abc").backward()  # without a weight: none is stated for it
+
+
+@several_ranks
+@pytest.mark.parametrize("what", ["gradient", "part"])
+def test_gradients_that_are_kept_stay_when_parameters_get_another_dtype(what: str) -> None:
+    """Their memory is no place of the parameters' any more, and is reduced all the same."""
+    net, model = wrapped()
+    for number in range(2):  # the second's gradients lie where they lie from then on
+        model.zero_grad()
+        loss_of(model, "abc", number).backward()
+    gradient = net.c.weight.grad
+    assert gradient is not None
+    kept = gradient if what == "gradient" else gradient[0]
+    del gradient
+    model.zero_grad()
+    values = kept.clone()
+    net.c.to(torch.bfloat16)
+    for number in range(2, 5):
+        loss_of(model, "ab", number).backward()
+        assert torch.equal(kept, values)
+        model.zero_grad()
+    net.c.to(torch.float64)
+    for number in range(5, 7):
+        loss_of(model, "abc" if number == 6 else "ab", number).backward()
+        assert torch.equal(kept, values)
+
+
+@several_ranks
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_mean_of_a_frozen_layer_is_left_alone_by_weights(kept: bool) -> None:
     """Also where passes in between stay on the rank."""

@@ -496,7 +496,7 @@ def test_a_name_of_a_lane_that_is_used_again_counts_on() -> None:
         last = max(world.gather_objects(max(lane.sequence, part._lanes.start + 7)))
         del part, lane
     assert len(seen) <= 2
-    texts = recorder().texts._end
+    texts = recorder().texts.nbytes
     for _ in range(3):
         of_all(world)
-    assert recorder().texts._end == texts
+    assert recorder().texts.nbytes == texts

@@ -207,14 +207,20 @@ def test_a_crash_shows_where() -> None:
 # What follows from what is seen: without any rank.
 
 
-def made(what: str, sequence: int, lane: str = "0-2 blocking", *, done: bool = False) -> Made:
-    return Made(
-        sequence, what, "train.py:7 in main", lane, sequence, 16, 5.0, 1.0 if done else None
-    )
+MAIN, OTHER = 1, 2  # threads
 
 
-def view(rank: int, *calls: Made, state: str = "running") -> View:
-    return View(rank, "n1", 100 + rank, state, calls)
+def made(
+    what: str, sequence: int, lane: str = "0-2 blocking", *, done: bool = False, by: int = MAIN
+) -> Made:
+    took = 1.0 if done else None
+    return Made(sequence, what, "train.py:7 in main", lane, sequence, 16, 5.0, took, by)
+
+
+def view(
+    rank: int, *calls: Made, state: str = "running", threads: tuple[int, ...] = (MAIN,)
+) -> View:
+    return View(rank, "n1", 100 + rank, state, calls, threads=threads)
 
 
 def test_who_waits_for_whom() -> None:
@@ -242,6 +248,114 @@ def test_a_rank_that_is_stopped_within_a_call_is_told() -> None:
 def test_sub_worlds_wait_for_their_own_ranks_only() -> None:
     views = [view(0, made("a", 1, "0-1 blocking")), view(1), view(2, state="left")]
     assert stuck_calls(views)[0].missing == (1,) and hopeless(views, 3) == ""
+
+
+TWO = "0-1 blocking"
+MESSAGES = ["0-1 messages 0 to 1 of 0-1 blocking", "0-1 messages 1 to 0 of 0-1 blocking"]
+APART = "the ranks wait for each other in different calls"
+
+
+def test_ranks_that_wait_in_different_calls_wait_for_ever() -> None:
+    views = [view(0, made("a", 1, TWO)), view(1, made("b", 1, "0-1 (2) blocking"))]
+    assert hopeless(views, 2) == APART
+    assert hopeless(views[:1], 2) == ""  # of the other nothing is known
+
+
+def test_a_thread_that_runs_may_make_the_call_that_others_wait_for() -> None:
+    both = (MAIN, OTHER)
+    listening = [view(r, made("recv", 1, MESSAGES[1 - r], by=OTHER), threads=both) for r in (0, 1)]
+    assert hopeless(listening, 2) == ""
+    main = [view(r, made("recv", 1, MESSAGES[1 - r]), threads=both) for r in (0, 1)]
+    assert hopeless(main, 2) == ""
+    waiting = [
+        view(r, made("recv", 1, MESSAGES[1 - r]), made("a", 1, f"0-1 ({r}) blocking", by=OTHER),
+             threads=both)
+        for r in (0, 1)
+    ]  # fmt: skip
+    assert hopeless(waiting, 2) == APART
+    assert hopeless([*waiting[:1], view(1, *waiting[1].calls, threads=())], 2) == ""  # not known
+
+
+def test_what_is_under_way_is_not_waited_for() -> None:
+    """Asynchronous calls of different orders, while the programs compute."""
+    views = [view(r, made("a", 1, f"0-1 ({r}) asynchronous")) for r in (0, 1)]
+    assert hopeless(views, 2) == ""
+    waited = [
+        view(r, made("a", 1, f"0-1 ({r}) asynchronous"), made("waiting for a", 1, "0-1 waiting"))
+        for r in (0, 1)
+    ]
+    assert hopeless(waited, 2) == APART
+
+
+def test_a_rank_that_has_left_ends_those_whose_main_thread_waits_for_it() -> None:
+    left = view(1, state="left")
+    assert "rank 1 has come to the end" in hopeless([view(0, made("a", 1, TWO)), left], 2)
+    listener = view(0, made("recv", 1, MESSAGES[1], by=OTHER), threads=(MAIN, OTHER))
+    assert hopeless([listener, left], 2) == ""
+    still_there = view(1, state="left", threads=(MAIN, OTHER))
+    assert hopeless([view(0, made("a", 1, TWO)), still_there], 2) == ""
+    waits = made("waiting for a", 1, "0-1 waiting")
+    under_way = made("a", 1, "0-1 asynchronous")
+    assert "rank 1 has come to the end" in hopeless([view(0, under_way, waits), left], 2)
+    another = made("b", 1, "0,2 asynchronous")  # it may be this that it waits for
+    assert hopeless([view(0, under_way, another, waits), left], 3) == ""
+
+
+LISTENERS = """
+import sys, threading, time
+import numpy as np, mpizero
+
+world, mode = mpizero.init(timeout=60), sys.argv[1]
+other = 1 - world.rank
+x = np.zeros(1)
+parts = [world.split(0), world.split(0)]
+
+
+def receive():
+    world.recv(x, other, 3)
+
+
+def serve(number):
+    if number != world.rank:
+        time.sleep(6)
+    parts[number].allreduce(np.ones(3))
+
+
+if mode == "listen":
+    threads = [threading.Thread(target=receive)]
+    work = lambda: (time.sleep(6), world.send(np.ones(1), other, 3))
+elif mode == "groups":
+    threads = [threading.Thread(target=serve, args=(number,)) for number in (0, 1)]
+    work = lambda: None
+elif mode == "main":
+    send = lambda: (time.sleep(6), world.send(np.ones(1), other, 3))
+    threads, work = [threading.Thread(target=send)], receive
+elif mode == "asynchronous":
+    def work():
+        first = parts[world.rank].allreduce(np.ones(3), asynchronous=True)
+        time.sleep(6)
+        parts[other].allreduce(np.ones(3), asynchronous=True).wait()
+        first.wait()
+    threads = []
+elif mode == "end":
+    threads = []
+    threading.Thread(target=receive, daemon=True).start()
+    work = lambda: time.sleep(6 * world.rank)
+for thread in threads:
+    thread.start()
+work()
+for thread in threads:
+    thread.join()
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["listen", "groups", "main", "asynchronous", "end"])
+def test_threads_that_wait_while_others_compute_are_no_deadlock(mode: str) -> None:
+    env = {"MPIZERO_PROGRESS": "thread"}  # what is under way goes on while another is waited for
+    result = mpirun(2, ["-c", LISTENERS, mode], timeout=60, env=env)
+    assert result.returncode == 0 and result.stdout.count("went on") == 2, result.stderr
+    assert "mpizero:" not in result.stderr
 
 
 def test_ranges() -> None:
@@ -280,11 +394,11 @@ def test_a_call_that_a_rank_refuses_counts_on_all(asynchronous: bool) -> None:
 
 def test_a_full_record_of_names_says_so() -> None:
     recorder = Recorder(0, 1)
-    lane = recorder.lane("0", "blocking")
     for number in range(1000):
-        lane.end(lane.begin(f"{number} " + "x" * 900))
+        lane = recorder.lane(f"{number} " + "x" * 900, "blocking")
+    lane.end(lane.begin("barrier"))
     last = recorder.record.calls(time.monotonic_ns())[-1]
-    assert "no room" in last.what
+    assert "no room" in last.lane and last.what == "barrier"
 
 
 def _is_stale(name: str) -> bool:

@@ -33,7 +33,19 @@ from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.mesh import Mesh, mesh
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
-from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
+from mpizero_torch.sharding import (
+    MixedPrecision,
+    ShardedModule,
+    ShardedOptimizer,
+    deferred,
+    full_gradient,
+    full_parameter,
+    gathered,
+    optimizer_state,
+    set_gradient,
+    set_parameter,
+    zero,
+)
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.timeline import trace
 from mpizero_torch.ulysses import SequenceParallelAttention, stretch
@@ -49,6 +61,7 @@ __all__ = [
     "MemoryReport",
     "Mesh",
     "MismatchError",
+    "MixedPrecision",
     "MpizeroError",
     "PreemptionGuard",
     "RankDiedError",
@@ -67,13 +80,18 @@ __all__ = [
     "deferred",
     "detect_nonfinite",
     "elastic",
+    "full_gradient",
+    "full_parameter",
     "gathered",
     "init",
     "load",
     "mean",
     "memory_report",
     "mesh",
+    "optimizer_state",
     "save",
+    "set_gradient",
+    "set_parameter",
     "shard",
     "stretch",
     "sum",

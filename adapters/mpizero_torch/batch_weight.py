@@ -22,6 +22,7 @@ from mpizero.engine import Weight
 from mpizero_torch.weighed_batches import handed_on, marked, marks_in, stripped
 from mpizero_torch.weighed_tensor import Mark, Outlet, doubtful, following, joint, live, weighs
 
+IDLE = Weight(0.0, stated=True)  # of the filler batch of an idle rank, whatever is stated
 _UNIT = Weight()
 _REMEDY = (
     "State it: model.weigh(loader.weight) before each forward, on all ranks; or deal out even "
@@ -99,7 +100,7 @@ def hand_out(batch: Any, weight: float) -> Any:
 def fed(values: Any, stated: Weight | None) -> tuple[Weight, Any]:
     """What a module is fed with weighs, and the same with plain tensors.
 
-    A stated weight holds, but not for the filler batch of an idle rank. Raises ArgumentError
+    A stated weight holds, but for the filler batch of an idle rank it is IDLE. Raises ArgumentError
     where it cannot be known.
     """
     global _last_fed
@@ -119,7 +120,7 @@ def _weight_of(marks: list[Mark], stated: Weight | None) -> Weight:
         return _pass.weight  # a module within another one, whose forward is under way
     if stated is not None:
         idle = bool(marks) and all(mark.weight == 0.0 for mark in marks)
-        return Weight(0.0, stated=True) if idle else stated
+        return IDLE if idle else stated
     if not marks:
         why = doubt()
     else:

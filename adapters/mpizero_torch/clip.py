@@ -37,6 +37,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     scale = min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else max_norm / norm
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
+        _saw(model)
     return torch.tensor(norm, dtype=torch.float32, device=model.world.device.name)
 
 
@@ -48,6 +49,12 @@ def clip_grad_value_(model: nn.Module, clip_value: float) -> None:
         return
     for gradient in own_gradients(model):
         gradient.clamp_(-clip_value, clip_value)
+    _saw(model)
+
+
+def _saw(model: DistributedModule) -> None:
+    if isinstance(model, ShardedModule):
+        model.gradients.saw()
 
 
 def own_gradients(model: DistributedModule) -> list[torch.Tensor]:
@@ -105,7 +112,7 @@ def _own_power(model: DistributedModule, norm_type: float) -> float:
 def _spoken_for(model: DistributedModule, counts: list[bool]) -> Iterator[torch.Tensor]:
     """This rank's gradients, without what another rank along the model's axes speaks for."""
     if isinstance(model, ShardedModule):
-        for run in model.optimizer.runs:
+        for run in model.runs:
             for piece in run.pieces if run.has_gradient else ():
                 if counts[piece.index]:
                     yield run.gradient.reshape(-1)[piece.place]

@@ -11,7 +11,8 @@ from torch import nn
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec, take_lane
 from mpizero_torch import names, slices, tensors, torch_surface
-from mpizero_torch.bucket_gradients import BucketGradients, layout
+from mpizero_torch.bucket_gradients import BucketGradients
+from mpizero_torch.bucket_places import layout
 from mpizero_torch.replica_hooks import ReplicaHooks, parameter_spec
 from mpizero_torch.replicate import Buffers, Structure, start_alike
 from mpizero_torch.torch_members import TorchMembers
@@ -88,6 +89,7 @@ class DistributedDataParallel(TorchMembers):
         if process_group is not None:
             self.process_group = process_group
         self._ignored, self._named = ignored, named
+        self._each = [parameter for _, parameter in named]
         self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else None
         self._overlap = overlap
         self._own_gradients = gradient_as_bucket_view is False
@@ -135,8 +137,12 @@ class DistributedDataParallel(TorchMembers):
             self._hooks = self._make_hooks()
         elif self._structure.has_other_parameters():
             self._refuse_new_parameters()
+        if any(map(vars, self._each)):
+            self._refuse_optimizers_in_backward()
+
+    def _refuse_optimizers_in_backward(self) -> None:
         for name, parameter in self._named:
-            if vars(parameter) and "_in_backward_optimizers" in vars(parameter):
+            if "_in_backward_optimizers" in vars(parameter):
                 raise ArgumentError(
                     "forward()", "module",
                     f"one whose '{name}' has an optimizer of _apply_optimizer_in_backward()",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 # By the number of a run that is under way: who wants to know of its end.
 _waiting: dict[int, list[tuple[int, weakref.WeakMethod[Callable[[], None]]]]] = {}
@@ -96,3 +99,48 @@ def is_distributed() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the engine was asked for: gradients of ``roots`` (nodes), for ``inputs`` or all leaves.
+
+    ``accumulates``: into ``.grad``, as backward() does; else they are returned.
+    """
+
+    roots: Sequence[Any]
+    inputs: Sequence[Any]
+    accumulates: bool
+
+
+def outermost() -> list[Run]:
+    """The runs under way in this process's threads, without those within others.
+
+    What computes on a GPU runs on a thread of the engine, while the one that asked for it waits.
+    """
+    found = []
+    for frame in list(sys._current_frames().values()):
+        call = None
+        inside: FrameType | None = frame
+        while inside is not None:
+            where, name = inside.f_code.co_filename, inside.f_code.co_name
+            if name == "_engine_run_backward" and where.endswith("graph.py"):
+                call = inside
+            elif call is not None and name == "apply" and where.endswith("function.py"):
+                call = None  # asked for by a node of another run, on a thread of the engine
+            inside = inside.f_back
+        if call is not None:
+            found.append(_run_of(call))
+    return found
+
+
+def _run_of(call: FrameType) -> Run:
+    asked, given = call.f_locals["t_outputs"], call.f_locals["args"]
+    edges = [
+        get_gradient_edge(each) if isinstance(each, torch.Tensor) else each
+        for each in asked
+        if not isinstance(each, torch.Tensor) or each.requires_grad
+    ]
+    inputs = given[3] if len(given) > 3 and given[3] else ()
+    accumulates = bool(call.f_locals["kwargs"].get("accumulate_grad", True))
+    return Run([edge.node for edge in edges], list(inputs), accumulates)

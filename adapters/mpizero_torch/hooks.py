@@ -275,9 +275,10 @@ class BackwardHooks(ABC):
             self._pass = None
         if not under_way.takes_place:  # no parameter's gradient was asked for
             self._bring_back()
+            if self._was_backward(under_way):  # all are frozen
+                self._forget_weights()
             return
-        self._fed = {}
-        self._owner._stated = None
+        self._forget_weights()
         try:
             if self._reducer.is_open:
                 self._average()
@@ -291,9 +292,17 @@ class BackwardHooks(ABC):
 
         Other ranks may use some: this one takes part with nothing.
         """
-        if not any(parameter.requires_grad for parameter in self._parameters):
-            return False
+        trains = any(parameter.requires_grad for parameter in self._parameters)
+        return trains and self._was_backward(under_way)
+
+    def _was_backward(self, under_way: LocalPass) -> bool:
+        """Or were the gradients of some tensors asked for, as by ``autograd.grad``?"""
         return under_way.node is not None and engine_runs.computes_everything(under_way.node)
+
+    def _forget_weights(self) -> None:
+        """What was stated for the next backward pass has had its pass."""
+        self._fed = {}
+        self._owner._stated = None
 
     def _average(self) -> None:
         self.steps += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from mpizero_torch.wrapper import DistributedModule
 
 def assert_in_sync(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     world: World | None = None,
 ) -> None:
@@ -108,9 +108,7 @@ class _Check:
             )
 
 
-def _replicated(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> Iterator[tuple[str, Any]]:
+def _replicated(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
     """What every rank should have the same of, by name."""
     inner = model.module if isinstance(model, DistributedModule) else model
     is_cut = isinstance(model, ShardedModule) and model.state.memory.how == SHARDED
@@ -118,6 +116,14 @@ def _replicated(
     if not is_cut:
         yield from (each for each in names.named_parameters(inner) if each[0] not in apart)
     yield from (each for each in names.named_buffers(inner) if each[0] not in apart)
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in several:
+        yield from _of_optimizer(one, inner, apart)
+
+
+def _of_optimizer(
+    optimizer: Any, inner: nn.Module, apart: Collection[str]
+) -> Iterator[tuple[str, Any]]:
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,17 @@ class MemoryReport:
 def memory_report(model: nn.Module, optimizer: Any = None) -> MemoryReport:
     """Count the bytes that training holds, on this rank and its node. Collective.
 
-    ``model``: sharded, replicated or plain; ``optimizer``: its optimizer (a sharded model knows
-    its own). Activations are not counted: they come and go with the batch. The formula (ZeRO,
-    arXiv 1910.02054, sections 3 and 5): of parameters, gradients and optimizer state, those that
-    the stage shards are divided by the number of ranks that share them; parameters in node-shared
-    memory by the ranks of the node. Of a mesh all ranks take part: ``elements`` are the whole
-    model's, and a rank's bytes those of its slices and its stage. Raises ArgumentError for an
-    optimizer of another model.
+    ``model``: sharded, replicated or plain; ``optimizer``: its optimizer, or a list of several (a
+    sharded model knows its own). Activations are not counted: they come and go with the batch.
+    The formula (ZeRO, arXiv 1910.02054, sections 3 and 5): of parameters, gradients and optimizer
+    state, those that the stage shards are divided by the number of ranks that share them;
+    parameters in node-shared memory by the ranks of the node. Of a mesh all ranks take part:
+    ``elements`` are the whole model's, and a rank's bytes those of its slices and its stage. Raises
+    ArgumentError for an optimizer of another model.
     """
     if isinstance(model, ShardedModule):
-        if optimizer is not None and optimizer is not model.optimizer:
+        own_ones = {id(each) for each in model.optimizers}
+        if not {id(each) for each in _listed(optimizer)} <= own_ones:
             raise ArgumentError("memory_report()", "optimizer", "another's", "this model's")
         own, common, whole_buffers, strategy = _of_sharded(model)
         world, formula = model.world, _formula_sharded(model)
@@ -151,7 +153,7 @@ def _of_sharded(model: ShardedModule) -> tuple[Held, int, int, str]:
     state, sharder = model.state, model.sharder
     parameters, common, masters = state.parameter_bytes
     gradients = sharder.nbytes
-    optimizer = masters + _state_bytes(model.optimizer)
+    optimizer = masters + _state_bytes(model.optimizers)
     held = Held(
         parameters,
         gradients["gradients"] + model.held_bytes,
@@ -172,14 +174,14 @@ def _of_replica(model: nn.Module, optimizer: Any) -> tuple[Held, int, str]:
         strategy = "replicas"
         gradients = max(gradients, model.bucket_bytes)
         reachable = model.bucket_bytes
-    state = _state_bytes(optimizer) if optimizer is not None else 0
+    state = _state_bytes(_listed(optimizer))
     return Held(parameters, gradients, state, _buffer_bytes(model)), reachable, strategy
 
 
 def _formula_sharded(model: ShardedModule) -> float | None:
     """Of a rank. Optimizer state is what this rank has, as if all had as much."""
     state, stage = model.state, model.state.sharding.stage
-    per_shard = _state_bytes(model.optimizer)
+    per_shard = _state_bytes(model.optimizers)
     if not per_shard:
         return None
     parts = state.group.parts
@@ -200,11 +202,18 @@ def _formula_sharded(model: ShardedModule) -> float | None:
     return part_of_rank(whole, stage, parts, sharers).total
 
 
-def _state_bytes(optimizer: Any) -> int:
-    inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def _state_bytes(optimizers: Sequence[Any]) -> int:
+    inner = [each.inner if isinstance(each, ShardedOptimizer) else each for each in optimizers]
     return sum(
         slices.local(value).nbytes
-        for values in inner.state.values()
+        for optimizer in inner
+        for values in optimizer.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from mpizero.engine import GradientReducer, Merge, ParameterSpec
 from mpizero_torch import slices, tensors
-from mpizero_torch.bucket_gradients import BucketGradients, Layout
+from mpizero_torch.bucket_gradients import BucketGradients
+from mpizero_torch.bucket_places import Layout
 from mpizero_torch.hooks import BackwardHooks, Owner
 
 Make = Callable[[BucketGradients, Callable[[], Mapping[int, ParameterSpec]]], GradientReducer]
@@ -80,6 +82,8 @@ class ReplicaHooks(BackwardHooks):
 
     def _take_over(self, anywhere: list[bool]) -> None:
         self._gradients.take_over(anywhere)
+        if not any(after.others for after in self._after):
+            return
         fresh = self._reducer.fresh
         for parameter, after, comes in zip(self._parameters, self._after, fresh, strict=True):
             if comes and after.others and parameter.grad is not None:
@@ -91,11 +95,12 @@ class Forms:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         self._named = list(named)
-        self._dtypes = [parameter.dtype for _, parameter in named]
+        self._each = [parameter for _, parameter in named]
+        self._dtypes = [parameter.dtype for parameter in self._each]
 
     def changed(self) -> Mapping[int, ParameterSpec]:
         """What gradients have become since the last time, by their numbers."""
-        now = [parameter.dtype for _, parameter in self._named]
+        now = list(map(attrgetter("dtype"), self._each))
         if now == self._dtypes:
             return {}
         before, self._dtypes = self._dtypes, now
@@ -135,6 +140,12 @@ class AfterAverage(OrderedDict):  # type: ignore[type-arg]
         made = cls(own, parameter, others)
         parameter._post_accumulate_grad_hooks = made
         return made
+
+    def take(self, own: int | None) -> None:
+        """Let the others' hook with this id be ours, and no other any more; None: have none."""
+        self.clear()
+        if own is not None:
+            super().__setitem__(own, self.others.pop(own))
 
     def __setitem__(self, key: int, hook: Any) -> None:
         if "others" in vars(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -101,26 +102,28 @@ class Structure:
         self._look()
         self._held_then = self._held()
 
-    def parts(self) -> list[tuple[str, nn.Module]]:
-        """The module and all parts of it, with their names."""
+    def buffers(self) -> list[tuple[str, dict[str, torch.Tensor | None]]]:
+        """What the parts hold as buffers, with the parts' names."""
         if self._children != self._children_then:
             self._look()
-        return self._parts
+        return [each for each in self._buffers if each[1]]
 
     def has_other_parameters(self) -> bool:
         """Has a parameter come, gone or been replaced since the last time?"""
-        self.parts()
+        if self._children != self._children_then:
+            self._look()
         before, self._held_then = self._held_then, self._held()
         return before != self._held_then
 
     def _look(self) -> None:
-        self._parts = list(self._module.named_modules())
-        self._children = [part._modules for _, part in self._parts]
+        parts = list(self._module.named_modules())
+        self._children = [part._modules for _, part in parts]
         self._children_then = [dict(children) for children in self._children]
-        self._parameters = [part._parameters for _, part in self._parts]
+        self._parameters = [part._parameters for _, part in parts]
+        self._buffers = [(name, part._buffers) for name, part in parts]
 
     def _held(self) -> list[int]:
-        return [id(each) for held in self._parameters for each in held.values()]
+        return list(map(id, chain.from_iterable(map(dict.values, self._parameters))))
 
 
 class Buffers:
@@ -186,8 +189,8 @@ class Buffers:
 
     def _buffers(self) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
-        for module, part in self._structure.parts():
-            for name, buffer in part._buffers.items():
+        for module, held in self._structure.buffers():
+            for name, buffer in held.items():
                 if (
                     buffer is not None
                     and ".".join(filter(None, (module, name))) not in self._ignored

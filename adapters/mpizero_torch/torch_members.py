@@ -165,7 +165,8 @@ class TorchMembers(DistributedModule):
                 "Give torch's arguments by name: join(divide_by_initial_world_size=...).",
             )  # fmt: skip
         kept_apart = {id(p) for name, p in self.named_parameters() if name in self._ignored}
-        groups = [] if optimizer is None else optimizer.param_groups
+        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        groups = [group for each in several if each is not None for group in each.param_groups]
         if any(id(parameter) in kept_apart for group in groups for parameter in group["params"]):
             raise ArgumentError(
                 "join()", "optimizer", "one of parameters that are left to each rank",

@@ -77,7 +77,7 @@ class DistributedModule(nn.Module):
     def _after_forward(self, output: Any, weight: Weight) -> Any:
         if self._hooks is not None and torch.is_grad_enabled():
             # A stated weight is the next backward's; the batch's own is known to be 0, or 1.
-            counted = float(weight.value > 0) if weight.stated else weight.value
+            counted = float(weight is not batch_weight.IDLE) if weight.stated else weight.value
             self._hooks.watch_output(output, counted)
         return batch_weight.fed_on(output)
 
@@ -121,14 +121,14 @@ class DistributedModule(nn.Module):
         self._watch_parameters()
 
     @contextmanager
-    def join(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    def join(self, optimizer: Any = None) -> Iterator[None]:
         """For loops that may end earlier on some ranks: those that are done shadow the rest.
 
         In ``with model.join(optimizer):`` a rank that has left its loop takes part in the others'
         averages with weight zero, until all have left theirs. At the end all ranks have the
-        parameters and buffers, and the state of the optimizer if it is given, of a rank with most
-        steps. Inside, no other collective may be called (``mz.mean``, ``SyncBatchNorm``): ranks
-        that are done would not answer.
+        parameters and buffers, and the state of the optimizer (or of each in a list) if it is
+        given, of a rank with most steps. Inside, no other collective may be called (``mz.mean``,
+        ``SyncBatchNorm``): ranks that are done would not answer.
         """
         steps_before = self._steps
         yield
@@ -142,8 +142,10 @@ class DistributedModule(nn.Module):
         buffers = [b for name, b in self.named_buffers() if name not in self._ignored]
         every = [tensor for _, tensor in self._named] + buffers
         broadcast_tensors(every, self.world, root)
-        if optimizer is not None:
-            broadcast_optimizer(optimizer, self.world, root)
+        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for each in several:
+            if each is not None:
+                broadcast_optimizer(each, self.world, root)
 
     @property
     def require_backward_grad_sync(self) -> bool:

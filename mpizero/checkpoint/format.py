@@ -43,7 +43,7 @@ _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # what the safetensors library reads
-_FILE_NAME = re.compile(r"([a-z]+)(-\d{5}-of-\d{5})?\.safetensors")
+_FILE_NAME = re.compile(r"([a-z]+\d*)(-\d{5}-of-\d{5})?\.safetensors")
 _METADATA = "__metadata__"
 
 

@@ -17,6 +17,7 @@ from mpizero.diagnostics.current import (
 from mpizero.diagnostics.lanes import Lanes
 from mpizero.diagnostics.orphans import end_with_launcher
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
+from mpizero.diagnostics.threads import serving
 
 __all__ = [
     "Lane",
@@ -25,6 +26,7 @@ __all__ = [
     "end_with_launcher",
     "recorded",
     "recorder",
+    "serving",
     "spanned",
     "starting",
     "stop_watching",

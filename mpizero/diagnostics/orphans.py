@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpizero.diagnostics import threads
 from mpizero.diagnostics.process import parent_of
 from mpizero.diagnostics.siblings import launcher
 from mpizero.world.abort import say_last
@@ -80,7 +81,7 @@ def _name_of(pid: int) -> str:
 def _wait(handle: int, rank: int, above: int) -> None:
     ended = select.poll()  # select() cannot take handles above 1023
     ended.register(handle, select.POLLIN)
-    with suppress(OSError):
+    with threads.serving(), suppress(OSError):
         ended.poll()
         time.sleep(_GRACE_SECONDS)
         say_last(f"mpizero: rank {rank} ends, for its launcher (pid {above}) has ended.\n")

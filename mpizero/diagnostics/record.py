@@ -19,15 +19,16 @@ import mmap
 import os
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RING = 512  # calls
-FIELDS = 8  # of a call, 8 bytes each
-_HEADER_BYTES, _ENTRY_BYTES = 4096, 8 * FIELDS
+FIELDS = 9  # of a call, 8 bytes each
+_HEADER_BYTES, ENTRY_BYTES = 4096, 8 * FIELDS
 RING_START = _HEADER_BYTES
-TEXT_START = RING_START + RING * _ENTRY_BYTES
+TEXT_START = RING_START + RING * ENTRY_BYTES
 _TEXT_BYTES = 512 << 10  # as all that follow: takes memory as far as it is written
 DESCRIPTION_START = TEXT_START + _TEXT_BYTES
 _LENGTH = struct.Struct("<H")
@@ -58,10 +59,13 @@ MAGIC = 0x6D70697A65726F31
     AT_ASKED,  # how often this rank has been asked for the stacks of all of its threads
     AT_ANSWERED,  # the last of these questions that it has answered
     AT_ANSWER_BYTES,
-) = range(15)
+    AT_THREAD_COUNT,  # of threads that run the program's code; 0: not known
+    AT_THREADS,  # who they are, the main thread first
+) = range(17)
+_MOST_THREADS = 256
 
 # Fields of a call. Times are CLOCK_MONOTONIC, in ns, which all processes of a node have in common.
-NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES = range(FIELDS)
+NUMBER, BEGUN, AGREED, ENDED, TEXT, LINE, LANE, SEQUENCE_BYTES, THREAD = range(FIELDS)
 _SEQUENCE_BITS = 24  # SEQUENCE_BYTES = nbytes << 24 | sequence number modulo 2^24
 
 ENTRY = struct.Struct(f"<{FIELDS}q")
@@ -73,7 +77,7 @@ class Made:
 
     ``lane``: the ranks that make it together, and the kind of call, as "0-3 blocking"; ``sequence``
     counts the calls of a lane. ``age``, ``took``: seconds since it began, and that it took (None:
-    it has not ended).
+    it has not ended). ``thread``: which of the rank's threads makes it.
     """
 
     number: int
@@ -84,6 +88,7 @@ class Made:
     nbytes: int
     age: float
     took: float | None
+    thread: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -148,6 +153,18 @@ class Record:
     @property
     def phase_since(self) -> int:
         return int(self.header[AT_PHASE_SINCE])
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Those that run the program's code, the main thread first; none if that is not known."""
+        count = int(self.header[AT_THREAD_COUNT])
+        return tuple(self.header[AT_THREADS : AT_THREADS + count].tolist())
+
+    def note_threads(self, idents: Sequence[int]) -> None:
+        """Say which there are. For the process itself."""
+        known = idents if len(idents) <= _MOST_THREADS else ()
+        self.header[AT_THREADS : AT_THREADS + len(known)] = known
+        self.header[AT_THREAD_COUNT] = len(known)
 
     def text(self, at: int) -> str:
         """The text with this offset."""
@@ -220,6 +237,7 @@ class Record:
             row[SEQUENCE_BYTES] >> _SEQUENCE_BITS,
             (now - begun) / 1e9,
             (ended - begun) / 1e9 if ended else None,
+            row[THREAD],
         )
 
 
@@ -244,6 +262,11 @@ class _Region:
     def clear(self) -> None:
         self._next = self._start
 
+    @property
+    def nbytes(self) -> int:
+        """How many have been written."""
+        return self._next - self._start
+
 
 class Texts:
     """Puts texts into a record, each once: as many as a program has lines and lanes."""
@@ -253,6 +276,11 @@ class Texts:
         self._known: dict[str, int] = {}
         self._lock = threading.Lock()
         self._full = self.put("(a name; there is no room for more of them)")
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of texts there are."""
+        return self._region.nbytes
 
     def put(self, text: str) -> int:
         """The offset of ``text``, for ever."""

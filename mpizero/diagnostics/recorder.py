@@ -1,6 +1,6 @@
 """``Recorder``: a rank writes down what it does, as it does it.
 
-On by default, so a call costs little: about as long as reading the clock twice and storing 64
+On by default, so a call costs little: about as long as reading the clock twice and storing 72
 bytes. What is written, others read: see ``record`` for the memory, ``watchdog`` for the use.
 """
 
@@ -10,6 +10,7 @@ import heapq
 import os
 import sys
 import sysconfig
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple, Protocol
 
-from mpizero.diagnostics import record
+from mpizero.diagnostics import record, threads
 from mpizero.diagnostics.record import (
     AGREED,
     AT_JOB,
@@ -32,6 +33,7 @@ from mpizero.diagnostics.record import (
     AT_SIZE,
     ENDED,
     ENTRY,
+    ENTRY_BYTES,
     RING,
     RING_START,
     Descriptions,
@@ -47,7 +49,7 @@ _NOT_THE_USERS = (
     sysconfig.get_path("stdlib") + os.sep,
 )
 
-_clock, _pack = time.monotonic_ns, ENTRY.pack_into
+_clock, _pack, _thread = time.monotonic_ns, ENTRY.pack_into, threading.get_ident
 
 
 class Ended(NamedTuple):
@@ -165,6 +167,7 @@ class Recorder:
 
     def leave(self) -> None:
         """This rank has come to the end of its program."""
+        self.record.note_threads(threads.of_program())
         self.record.header[AT_LEFT] = 1
 
     @contextmanager
@@ -216,10 +219,10 @@ class Lane:
         """A call begins; returns where it is written down."""
         self.sequence = sequence = self.sequence + 1
         number = self._next()
-        at = RING_START + number % RING * 64
+        at = RING_START + number % RING * ENTRY_BYTES
         both = (nbytes & 0x7FFFFFFFFF) << 24 | (sequence & 0xFFFFFF)
         text = self._known.get(what) or self._put(what)
-        _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both)
+        _pack(self._memory, at, number, _clock(), 0, 0, text, line, self._text, both, _thread())
         return at >> 3
 
     def begin_behind(self, other: Lane, what: str, nbytes: int = 0, line: int = 0) -> int:

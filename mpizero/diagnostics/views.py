@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from mpizero.diagnostics.process import GONE, state_of
@@ -16,13 +16,20 @@ BLOCKING, ASYNCHRONOUS, WAITING = "blocking", "asynchronous", "waiting"
 # Where blocking and asynchronous calls have one order: the kind of the latter.
 IN_ORDER = "in order"
 IN_ORDER_BLOCKING = f"{IN_ORDER}, {BLOCKING}"
+_UNDER_WAY = (ASYNCHRONOUS, IN_ORDER)
+
+# A call, as all of its ranks know it: the order that it is in, and its number there.
+Key = tuple[str, int]
 
 _SHOWN_CALLS = 6
 
 
 @dataclass(frozen=True)
 class View:
-    """One rank as others see it. Ages in seconds."""
+    """One rank as others see it. Ages in seconds.
+
+    ``threads``: those that run its program's code, the main thread first; none: not known.
+    """
 
     rank: int
     host: str = ""
@@ -32,6 +39,7 @@ class View:
     phase: str = ""
     phase_age: float = 0.0
     stack: str = ""
+    threads: tuple[int, ...] = ()
 
     @property
     def open_calls(self) -> list[Made]:
@@ -45,9 +53,34 @@ class View:
 
     @property
     def is_blocked(self) -> bool:
-        """Does its program wait in a call, or for one?"""
+        """Does all of its program wait in calls, or for them, so that it begins nothing new?
+
+        A thread that runs, whatever it does, may come to make the call that others wait for.
+        """
+        running = self.threads[1:] if self.state == LEFT else self.threads
+        return bool(self.threads) and set(running) <= {call.thread for call in self._waits()}
+
+    @property
+    def is_over(self) -> bool:
+        """Has its program come to its end, and will make no call any more?"""
+        return self.state == LEFT and self.is_blocked
+
+    def main_waits_for(self, never: Collection[Key]) -> bool:
+        """Does its main thread wait for one of the calls that ``never`` come to their end?
+
+        It may wait for any that is under way: then all of these must be such ones.
+        """
+        mine = [call for call in self._waits() if call.thread in self.threads[:1]]
+        if any(key(call) in never for call in mine):
+            return True
+        under_way = [key(call) for call in self.open_calls if call.lane.endswith(_UNDER_WAY)]
+        waits = any(call.lane.endswith(WAITING) for call in mine)
+        return waits and bool(under_way) and all(each in never for each in under_way)
+
+    def _waits(self) -> list[Made]:
+        """The calls that a thread of its program is in, or waits for."""
         kinds = (BLOCKING, WAITING)
-        return any(call.is_open and call.lane.endswith(kinds) for call in self.calls)
+        return [call for call in self.calls if call.is_open and call.lane.endswith(kinds)]
 
     def has_come_to(self, lane: str, sequence: int) -> bool:
         """Has it begun this call, or a later one of the lane?"""
@@ -75,12 +108,20 @@ def look_at(record: Record, host: str) -> View:
         state = LEFT
     phase_age = (now - record.phase_since) / 1e9 if record.phase_since else 0.0
     calls = sorted(kept, key=lambda call: call.number)
-    return View(record.rank, host, record.pid, state, tuple(calls), record.phase, phase_age)
+    return View(
+        record.rank, host, record.pid, state, tuple(calls), record.phase, phase_age,
+        threads=record.threads,
+    )  # fmt: skip
 
 
 def order(lane: str) -> str:
     """The name of the order in which a lane's calls are made; several lanes may share it."""
     return lane.replace(IN_ORDER_BLOCKING, IN_ORDER)
+
+
+def key(call: Made) -> Key:
+    """By which the ranks' views of one call are put together."""
+    return order(call.lane), call.sequence
 
 
 def members(lane: str) -> set[int]:
@@ -105,10 +146,10 @@ def as_ranges(ranks: Iterable[int]) -> str:
 
 def stuck_calls(views: Sequence[View]) -> list[Stuck]:
     """The calls in which ranks wait for ranks that have not come; the oldest first."""
-    by_call: dict[tuple[str, int], list[tuple[Made, int]]] = {}
+    by_call: dict[Key, list[tuple[Made, int]]] = {}
     for view in views:
         for call in view.open_calls:
-            by_call.setdefault((order(call.lane), call.sequence), []).append((call, view.rank))
+            by_call.setdefault(key(call), []).append((call, view.rank))
     found = []
     seen = {view.rank: view for view in views}
     for (lane, sequence), pairs in by_call.items():
@@ -126,24 +167,26 @@ def stuck_calls(views: Sequence[View]) -> list[Stuck]:
 def hopeless(views: Sequence[View], size: int) -> str:
     """Why what the ranks wait for can never come; "" if it may.
 
-    A rank that is waited for is gone, or has left; or every rank waits, and none in a call to which
-    all its ranks have come.
+    It says so only where nothing can help any more. A rank that is waited for is gone. Or it has
+    come to its end, and another's main thread waits for it. Or nothing runs on any rank: every
+    thread waits, and none in a call to which all of its ranks have come.
     """
-    stuck = [each for each in stuck_calls(views) if each.missing]
+    calls = stuck_calls(views)
+    stuck = [each for each in calls if each.missing]
     seen = {view.rank: view for view in views}
     awaited = sorted({rank for each in stuck for rank in each.missing})
     gone = [rank for rank in awaited if rank in seen and seen[rank].state == GONE]
     if gone:
         return f"{name(gone)} {'has' if len(gone) == 1 else 'have'} died"
-    left = [rank for rank in awaited if rank in seen and seen[rank].state == LEFT]
-    if left:
+    left = [rank for rank in awaited if rank in seen and seen[rank].is_over]
+    never = {key(each.call) for each in stuck if not set(left).isdisjoint(each.missing)}
+    if left and any(view.main_waits_for(never) for view in views):
         has = "has" if len(left) == 1 else "have"
         return f"{name(left)} {has} come to the end of the program, and others wait"
     everyone_waits = len(views) == size and all(
-        view.is_blocked or view.state in (LEFT, GONE) for view in views
+        view.is_blocked or view.state == GONE for view in views
     )
-    complete = [each for each in stuck_calls(views) if not each.missing]
-    if everyone_waits and stuck and not complete:
+    if everyone_waits and stuck and len(stuck) == len(calls):
         return "the ranks wait for each other in different calls"
     return ""
 
@@ -157,6 +200,11 @@ def name(ranks: Iterable[int]) -> str:
 def fingerprint(views: Sequence[View]) -> tuple[object, ...]:
     """Equal as long as nobody moves."""
     return tuple(
-        (view.rank, view.state, tuple((call.number, call.is_open) for call in view.calls))
+        (
+            view.rank,
+            view.state,
+            view.threads,
+            tuple((call.number, call.is_open) for call in view.calls),
+        )
         for view in views
     )

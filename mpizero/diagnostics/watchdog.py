@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from mpizero.diagnostics import stacks
+from mpizero.diagnostics import stacks, threads
 from mpizero.diagnostics.between_nodes import OtherNodes
 from mpizero.diagnostics.node import NodeRecords
 from mpizero.diagnostics.process import oom_kills
@@ -77,14 +77,16 @@ class Watchdog:
         self._thread.join(_ABORT_SECONDS)
 
     def _watch(self) -> None:
-        while not self._stop.wait(_TICK_SECONDS):
-            try:
-                self._look()
-            except Exception as error:  # a watchdog that fails must not take the job with it
-                _print(f"mpizero: rank {self._rank}: the watchdog failed: {error!r}\n")
-                return
+        with threads.serving():
+            while not self._stop.wait(_TICK_SECONDS):
+                try:
+                    self._look()
+                except Exception as error:  # a watchdog that fails must not take the job with it
+                    _print(f"mpizero: rank {self._rank}: the watchdog failed: {error!r}\n")
+                    return
 
     def _look(self) -> None:
+        self._record.note_threads(threads.of_program())
         self._node.answer()
         if self._others is not None:
             self._others.answer()

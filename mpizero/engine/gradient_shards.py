@@ -7,7 +7,7 @@ segments' worth is used again and again, so that no rank ever holds all gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -22,12 +22,16 @@ from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.shard_group import ShardGroup
 from mpizero.engine.specs import ParameterSpec
 from mpizero.engine.weights import Merge, Weight
+from mpizero.errors import MpizeroError
 from mpizero.memory.arrays import empty_like
 from mpizero.reduction.operation import SUM
 from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 
 # While one segment is summed the next is filled.
 BUFFERS = 2
+
+# Below it a number's square, summed over the ranks, is exact in float64.
+MARKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class GradientSharder(ReducedPasses):
     """Reduces the gradients of ``specs``, laid out in ``spaces``, to this rank's shards.
 
     ``shards[s]``: this rank's gradient of space s, 1-D, of ``dtypes[s]`` (the parameters' own, or
-    float32). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
+    float32); ``on_the_way``: the dtypes in which they travel, by default the same (and always with
+    ``whole``). ``fill(key, fillings)`` copies gradients into a segment's memory, and returns the
     numbers of those in the list that this rank has no gradient for (or has filled in before),
     which become zero. ``key``: the segment's number, and which memory it is; equal keys come with
     equal fillings. ``left()``: the parameters that still have a gradient when backward
@@ -78,6 +83,7 @@ class GradientSharder(ReducedPasses):
         allocate: Allocate,
         *,
         whole: bool,
+        on_the_way: Sequence[Any] | None = None,
         stream: Callable[[], int | None] = lambda: None,
         fill: Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]],
         left: Callable[[], Sequence[int]] = lambda: (),
@@ -106,8 +112,13 @@ class GradientSharder(ReducedPasses):
         self._numbers_of = [[numbers[id(p)] for p in pieces] for pieces in self._segments_of]
         self._waiting = list(self._segments_of)
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
+        travelling = dtypes if whole or on_the_way is None else on_the_way
+        self._on_the_way = [np.dtype(dtype) for dtype in travelling]
         self._make_memory(allocate)
         self.keeps = False  # are there gradients in the shards, to which the next pass adds?
+        # A number for what was done to them since the last pass, which all ranks have to have done,
+        # and words for it.
+        self.marks, self.described = 0, ""
         self._kept: list[Any] = []
         self._squares = [0.0] * len(self._segments)
         self.overflowed = False  # is a gradient of any rank not finite?
@@ -185,11 +196,28 @@ class GradientSharder(ReducedPasses):
             # The place of the mean is about to be filled with this rank's next gradients.
             self._kept = [self._own(piece).copy() for piece in self._segments]
 
+    def zero_kept(self, members: Collection[int]) -> None:
+        """The mean that was put aside, while its place is used, becomes zero for ``members``.
+
+        All of the parameters of a space, or none of them, are among these.
+        """
+        own = set(members)
+        for piece, each in zip(self._segments, self._kept, strict=False):
+            if own.issuperset(piece.segment.members):
+                each[...] = 0
+
     def _own_news(self) -> dict[str, float]:
-        return {"keeps": float(self.keeps)}
+        marks = float(self.marks % MARKS)
+        return {"keeps": float(self.keeps), "marks": marks, "squared_marks": marks**2}
 
     def _follow(self, told: News) -> None:
         self.keeps = bool(told.keeps)  # have the others' gradients been forgotten since?
+        if self.keeps and told.marks != told.active * (self.marks % MARKS):
+            raise MpizeroError(
+                "join(): other ranks have changed some of the gradients that they add to, which "
+                "this rank, at the end of its data, cannot have done. Change gradients after the "
+                "last backward() before a step."
+            )
         self._put_mean_aside()
 
     def _count_in(self) -> None:
@@ -268,7 +296,10 @@ class GradientSharder(ReducedPasses):
     def _finish(self) -> tuple[list[bool], list[bool]]:
         """Wait; which parameters have a gradient, and one that is left, on any rank?"""
         if self._opening is not None:
-            self._opening.check()
+            told = self._opening.check()
+            if told.squared_marks * told.active != told.marks**2:
+                said = [self.described, hex(self.marks)]
+                self._world.agree(said, "the gradients to which a backward pass adds")
         for piece in self._segments:
             self._wait_segment(piece)
         left = list(self._left())
@@ -310,15 +341,15 @@ class GradientSharder(ReducedPasses):
         if self._whole:
             self._memory = [allocate(space.size, dtype) for space, dtype in spaces]
             return
-        for dtype in dict.fromkeys(self._dtypes):
-            sizes = [p.segment.size for p in self._segments if self._dtypes[p.space] == dtype]
+        for dtype in dict.fromkeys(self._on_the_way):
+            sizes = [p.segment.size for p in self._segments if self._on_the_way[p.space] == dtype]
             self._buffers[dtype] = [
                 allocate(max(sizes), dtype) for _ in range(min(BUFFERS, len(sizes)))
             ]
         self._memory = []
-        for space, dtype in spaces:
+        for (space, dtype), travelling in zip(spaces, self._on_the_way, strict=True):
             memory = empty_like(
-                self._buffers[dtype][0], (space.shard_size(self._group.part),), dtype
+                self._buffers[travelling][0], (space.shard_size(self._group.part),), dtype
             )
             memory[...] = 0
             self._memory.append(memory)
@@ -335,7 +366,7 @@ class GradientSharder(ReducedPasses):
 
         Waits for the segment that used it before.
         """
-        segment, dtype = piece.segment, self._dtypes[piece.space]
+        segment, dtype = piece.segment, self._on_the_way[piece.space]
         if self._whole:
             return self._memory[piece.space][segment.start : segment.stop], 0
         at = number % len(self._buffers[dtype])

@@ -7,8 +7,7 @@ already how much each rank counts, and whether anybody trains what is in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from mpizero.engine.weights import Merge
 from mpizero.reduction.operation import SUM, operation
 
 
-@dataclass(frozen=True)
-class News:
+class News(NamedTuple):
     """One rank's numbers; the sum over the ranks is what all get to know."""
 
     active: float = 0.0  # is it a pass of its own, not one that it takes part in for the others?
@@ -29,10 +27,12 @@ class News:
     late: float = 0.0  # how many parameters does it train that have no place yet?
     keeps: float = 0.0  # does the pass add to a mean that is kept?
     over_all: float = 0.0  # is the mean over all ranks, those without a pass of their own too?
+    marks: float = 0.0  # a number for what was done to kept gradients: equal if the same was
+    squared_marks: float = 0.0
     updates: float = 0.0  # is it no pass, but an update of sharded parameters?
 
 
-_COUNT = len(astuple(News()))
+_COUNT = len(News())
 
 
 class Opening:
@@ -47,11 +47,11 @@ class Opening:
     ) -> None:
         self._world, self._own = world, news
         self._factor = merge.factor if merge is not None else 1.0
-        self._sums = np.array([*astuple(news), *trained], np.float64)
+        self._sums = np.array([*news, *trained], np.float64)
         self._largest = np.array([self._factor])
         self._checked = False
         sums, largest = self._sums, self._largest
-        uneven = list(News.__dataclass_fields__).index("uneven")
+        uneven = News._fields.index("uneven")
 
         def exchange(run: Any, parts: Any) -> None:
             run.all_reduce(sums, SUM)

@@ -10,7 +10,7 @@ sharded   every rank has its blocks only (stage 3): spaces are gathered when the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,20 +124,22 @@ class ParameterMemory:
         """All ranks have stored: from here on everyone may read. Collective."""
         self._group.inner.submit("storing parameters", lambda run, parts: run.barrier()).wait()
 
-    def publish(self) -> None:
+    def publish(self, spaces: Collection[int]) -> None:
         """After an update of what ``updated`` gives: let every rank have the new parameters.
 
-        Collective. Sharded ones are rounded from their masters, and travel when next gathered.
+        ``spaces``: which have been updated, the same on all ranks. Sharded ones are rounded from
+        their masters, and travel when next gathered. Collective.
         """
         self.changes += 1
-        for at in self._trained:
+        updated = [at for at in self._trained if at in spaces]
+        for at in updated:
             if self.masters[at] is not None:
                 for wide, block in zip(self.updated(at), self.blocks(at), strict=True):
                     _round_into(wide, block)
         if self.how == SHARDED:
             self.settle()
             return
-        for at in self._trained:
+        for at in updated:
             send = self._group.publish if self._is_common[at] else self._group.gather
             send("updated parameters", self._flats[at], _places(self._spaces[at])).wait()
 

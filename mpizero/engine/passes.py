@@ -128,6 +128,7 @@ class ReducedPasses(ABC):
         Outside ``open`` and ``close``: nothing to do, it stays on this rank.
         """
         if self._opening is None:
+            self._stays(index)
             return
         came = self._came
         came[index] += 1
@@ -142,6 +143,9 @@ class ReducedPasses(ABC):
                     self._launch_full_ones()
         elif came[index] > self._expected[index]:
             self._came_again(index)
+
+    def _stays(self, index: int) -> None:  # noqa: B027  (nothing, for most)
+        """A gradient has come in a pass that is not reduced."""
 
     def close(self) -> list[bool]:
         """Backward is over. Returns for which parameters any rank has a gradient.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.engine.buckets import Allocate, Bucket, cut_into_buckets, make_bucket
 from mpizero.engine.lanes import Lane
@@ -23,10 +25,10 @@ class GradientReducer(ReducedPasses):
     """Buckets for the gradients of ``specs``, and their all-reduction over the lane's ranks.
 
     ``allocate(count, dtype)`` gives zeroed flat memory where gradients shall lie. ``stream()`` is
-    the raw CUDA stream on which device gradients have been computed. ``fill(members)`` puts what
-    gradients there are of these parameters into their views, just before they are reduced, and
-    says of each whether there is one; by default those that were ``ready`` are there. ``divisor``:
-    what sums are divided by, in place of the weights that ranks bring.
+    the raw CUDA stream on which device gradients have been computed. ``fill(bucket, members)``
+    puts what gradients there are of these members into their views, just before they are reduced,
+    and says of each whether there is one; by default those that were ``ready`` are there.
+    ``divisor``: what sums are divided by, in place of the weights that ranks bring.
 
     ``trained()`` says of each parameter whether it has, or gets, a gradient of this rank's.
     Parameters that no rank trains have no place in a bucket, and a bucket in which no rank trains
@@ -46,7 +48,7 @@ class GradientReducer(ReducedPasses):
         bucket_bytes: int | None = None,
         overlap: bool = True,
         stream: Callable[[], int | None] = lambda: None,
-        fill: Callable[[Sequence[int]], Sequence[bool]] | None = None,
+        fill: Callable[[Bucket, Sequence[int]], Sequence[bool]] | None = None,
         trained: Callable[[], Sequence[bool]] | None = None,
         reformed: Callable[[], Mapping[int, ParameterSpec]] = dict,
         divisor: float | None = None,
@@ -101,11 +103,8 @@ class GradientReducer(ReducedPasses):
                         self._late.setdefault(index, self._specs[index])
         super().open(merge, changed=changed)
 
-    def ready(self, index: int) -> None:
-        if self._opening is None:
-            self._accumulated.add(index)
-        else:
-            super().ready(index)
+    def _stays(self, index: int) -> None:
+        self._accumulated.add(index)
 
     def shadow(self) -> list[bool] | None:
         self._shadows, trained = True, self._is_trained
@@ -120,7 +119,10 @@ class GradientReducer(ReducedPasses):
 
     def _trained(self) -> Sequence[bool]:
         trained = self._is_trained
-        return [any(trained[index] for index in bucket.members) for bucket in self._buckets]
+        if not self._any_moved:
+            return [any(trained[index] for index in bucket.members) for bucket in self._buckets]
+        of = self._bucket_of
+        return [any(trained[i] and of[i] is b for i in b.members) for b in self._buckets]
 
     def _announce(self, news: News, merge: Merge) -> Opening:
         self._arrivals = None if self._order_is_final else []
@@ -132,7 +134,7 @@ class GradientReducer(ReducedPasses):
     def _count_in(self) -> None:
         trained = self._is_trained
         for bucket in self._buckets:
-            bucket.missing = sum(trained[index] for index in bucket.members)
+            bucket.missing = sum(map(trained.__getitem__, bucket.members))
 
     def _came_again(self, index: int) -> None:
         bucket = self._bucket_of.get(index)
@@ -152,11 +154,8 @@ class GradientReducer(ReducedPasses):
             raise RuntimeError("a bucket is reduced outside of a pass")
         has = self._has_gradient(bucket)
         put(has, bucket.used)
-        put(
-            [one and self._is_fresh(i) for i, one in zip(bucket.members, has, strict=True)],
-            bucket.fresh,
-        )
-        if any(has):
+        put(self._are_fresh(bucket.members, has), bucket.fresh)
+        if any(has) and not all(has):
             for index, one in zip(bucket.members, has, strict=True):
                 if not one:
                     bucket.views[index][...] = 0
@@ -180,17 +179,30 @@ class GradientReducer(ReducedPasses):
             prepare=prepare,
         )
 
-    def _has_gradient(self, bucket: Bucket) -> list[bool]:
+    def _has_gradient(self, bucket: Bucket) -> Sequence[bool]:
         """Put gradients into a bucket; for each of its members: is there one on this rank?"""
         if self._shadows:
             return [False] * len(bucket.members)
+        if not self._late and not self._any_moved:
+            return self._filled(bucket, bucket.members)
         here = [i for i in bucket.members if self._bucket_of[i] is bucket and i not in self._late]
-        found = [self._came[i] > 0 for i in here] if self._fill is None else self._fill(here)
-        has = dict(zip(here, found, strict=True))
+        has = dict(zip(here, self._filled(bucket, here), strict=True))
         return [has.get(index, False) for index in bucket.members]
 
-    def _is_fresh(self, index: int) -> bool:
-        return self._came[index] > 0 or index in self._accumulated
+    def _filled(self, bucket: Bucket, members: Sequence[int]) -> Sequence[bool]:
+        if self._fill is None:
+            return [self._came[index] > 0 for index in members]
+        return self._fill(bucket, members)
+
+    def _are_fresh(self, members: Sequence[int], has: Sequence[bool]) -> Sequence[bool]:
+        """Which gradients have come since the last mean."""
+        came, kept = self._came, self._accumulated
+        if all(has) and all(map(came.__getitem__, members)):
+            return has
+        return [
+            one and (came[index] > 0 or index in kept)
+            for index, one in zip(members, has, strict=True)
+        ]
 
     def _collect(self) -> list[bool]:
         opening = self._opening
@@ -198,18 +210,19 @@ class GradientReducer(ReducedPasses):
             raise RuntimeError("no pass is open")
         if opening.check().late:
             self._find_places()
-        anywhere, self.fresh = [False] * len(self._specs), [False] * len(self._specs)
+        anywhere, fresh = np.zeros((2, len(self._specs)), bool)
         for number, bucket in enumerate(self._buckets):
             if bucket.handle is not None:
                 bucket.handle.wait()
                 bucket.handle = None
             if opening.trained(number):
-                for index, used in zip(bucket.members, bucket.used.tolist(), strict=True):
-                    anywhere[index] |= used != 0
-                for index, fresh in zip(bucket.members, bucket.fresh.tolist(), strict=True):
-                    self.fresh[index] |= fresh != 0
+                members = list(bucket.members)
+                anywhere[members] |= np.array(bucket.used.tolist()) != 0
+                fresh[members] |= np.array(bucket.fresh.tolist()) != 0
+        self.fresh = fresh.tolist()
         self._accumulated.clear()
-        return anywhere
+        found: list[bool] = anywhere.tolist()
+        return found
 
     def _find_places(self) -> None:
         """Give those that are late a place, the same on all ranks, and reduce them, too."""
@@ -243,7 +256,7 @@ class GradientReducer(ReducedPasses):
             self.view(index)[...] = old
 
     def _build(self, order: Sequence[int]) -> None:
-        self._buckets, self._bucket_of = [], {}
+        self._buckets, self._bucket_of, self._any_moved = [], {}, False
         self._add(cut_into_buckets(self._specs, order, FIRST_BUCKET_BYTES, self._bucket_bytes))
         self._launched = 0
 
@@ -252,6 +265,7 @@ class GradientReducer(ReducedPasses):
         for members in groups:
             bucket = make_bucket(self._specs, members, self._allocate)
             self._buckets.append(bucket)
+            self._any_moved |= any(index in self._bucket_of for index in members)
             self._bucket_of.update(dict.fromkeys(members, bucket))
         of = self._bucket_of
         self._waiting = [(of[i],) if i in of else () for i in range(len(self._specs))]

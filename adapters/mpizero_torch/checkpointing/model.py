@@ -62,6 +62,7 @@ def model_part(
             else:
                 whole[name] = value
     if isinstance(model, ShardedModule):
+        model.follow("save()")
         _collect_sharded(model, name_of, specs, pieces)
     shared = axes.part_of(PART, whole)
     part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces], aliases)

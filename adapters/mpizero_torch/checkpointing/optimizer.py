@@ -16,11 +16,21 @@ from mpizero_torch.checkpointing.model import as_array, plain_module
 from mpizero_torch.names import named_parameters
 from mpizero_torch.sharding import ShardedOptimizer
 from mpizero_torch.sharding.optimizer_state import Stored, own_state
+from mpizero_torch.sharding.optimizer_state import merged as merged_others
 
 PART = "optimizer"
 
 
+def by_part(optimizer: Any) -> dict[str, Any]:
+    """Each optimizer of a list, or the one that there is, by the name of its part."""
+    if optimizer is None:
+        return {}
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    return {f"{PART}{at + 1}" if at else PART: each for at, each in enumerate(several)}
+
+
 def optimizer_part(
+    name: str,
     optimizer: torch.optim.Optimizer,
     model: nn.Module | None,
     axes: Axes,
@@ -28,9 +38,10 @@ def optimizer_part(
 ) -> tuple[Part, dict[str, Any]]:
     """What this rank writes of an optimizer's state, and what of it is no tensor. Collective.
 
-    Without the state of what is each rank's ``own``, which is in a part of its own.
+    ``name``: of the part. Without the state of what is each rank's ``own``, which is in another.
     """
     names = group_names(optimizer, model)
+    part_name = name
     specs: list[TensorSpec] = []
     pieces: list[Piece] = []
     whole: dict[str, Any] = {}
@@ -58,8 +69,8 @@ def optimizer_part(
         settings = {key: value for key, value in group.items() if key != "params"}
         encoded = tree.encode(settings, f"groups.{at}", whole, as_array)
         groups.append({"names": list(own), "settings": encoded})
-    shared = axes.part_of(PART, whole)
-    part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces])
+    shared = axes.part_of(part_name, whole)
+    part = Part(part_name, [*specs, *shared.specs], [*pieces, *shared.pieces])
     found = {
         "groups": _of_all_stages(axes.gather_stages(groups)),
         "others": merged(axes.gather_stages(plain)),
@@ -68,19 +79,20 @@ def optimizer_part(
 
 
 def load_optimizer(
+    part: str,
     optimizer: torch.optim.Optimizer,
     model: nn.Module | None,
     checkpoint: Readable,
     elsewhere: Sequence[Sequence[str]] = (),
     of_rank: Any = None,
 ) -> None:
-    """Give an optimizer what was saved; a sharded one reads its own part. Talks to nobody.
+    """Give an optimizer what was saved as ``part``; a sharded one reads its own of it.
 
-    ``elsewhere``: the parameters that its groups have on other stages of a pipeline; ``of_rank``:
-    what this rank had of its own (see ``own.py``). Raises ArgumentError if its groups have other
-    parameters.
+    Talks to nobody. ``elsewhere``: the parameters that its groups have on other stages of a
+    pipeline; ``of_rank``: what this rank had of its own (see ``own.py``). Raises ArgumentError if
+    its groups have other parameters.
     """
-    saved = checkpoint.values[PART]
+    saved = checkpoint.values[part]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
     everywhere = [
         {*each, *(elsewhere[at] if at < len(elsewhere) else ())} for at, each in enumerate(own)
@@ -93,11 +105,11 @@ def load_optimizer(
         )  # fmt: skip
 
     def array(name: str) -> Any:
-        return checkpoint.read(PART, name)
+        return checkpoint.read(part, name)
 
     number = {name: at for at, name in enumerate(name for group in own for name in group)}
     parameters = _parameters(optimizer, model, own)
-    specs = checkpoint.specs(PART)
+    specs = checkpoint.specs(part)
     state: dict[int, dict[str, Any]] = {}
     for name, mine in {} if of_rank is None else of_rank.optimizer.items():
         if name in number:
@@ -122,9 +134,9 @@ def load_optimizer(
         if is_slice:
             box = slices.box(parameter)
         if sharded:
-            value: Any = Stored(box.sizes, reader(checkpoint, PART, stored, box))
+            value: Any = Stored(box.sizes, reader(checkpoint, part, stored, box))
         else:
-            value = read_own(checkpoint, PART, stored, box).clone()
+            value = read_own(checkpoint, part, stored, box).clone()
             value = slices.wrap(value, parameter) if is_slice else value
         state.setdefault(number[name], {})[key] = value
     at, groups = 0, []
@@ -224,9 +236,8 @@ def _collect_sharded(
             flat = tensors.as_array(values.contiguous().view(-1))
             piece = Piece(f"{names[index]}/{key}", start if sliced else 0, flat)
             pieces += strips(piece, boxes[index]) if sliced else [piece]
-    for _, each in everyones:
-        for index, values in each.items():
-            others.setdefault(names[index], {}).update(values)
+    for index, found in merged_others(each for _, each in everyones).items():
+        others.setdefault(names[index], {}).update(found)
 
 
 def _short(groups: Sequence[Sequence[str]]) -> str:

@@ -22,8 +22,6 @@ from mpizero_torch.torch_members import TorchMembers
 
 PART = "own"
 
-Optimizer = torch.optim.Optimizer
-
 
 @dataclass(frozen=True)
 class Own:
@@ -34,7 +32,7 @@ class Own:
     anywhere: frozenset[str] = frozenset()  # the names that this or another rank has as its own
 
 
-def of(model: nn.Module | None, optimizer: Optimizer | None, world: World) -> Own:
+def of(model: nn.Module | None, optimizer: Any, world: World) -> Own:
     """What this rank has of its own, of a model and its optimizer. Collective for such models."""
     if not isinstance(model, TorchMembers) or not model.parameters_to_ignore:
         return Own()
@@ -44,7 +42,8 @@ def of(model: nn.Module | None, optimizer: Optimizer | None, world: World) -> Ow
         for name, each in entries.items()
         if name in model.parameters_to_ignore and isinstance(each, torch.Tensor)
     }
-    known = optimizer.state if optimizer is not None else {}
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    known = {p: each for one in several if one is not None for p, each in one.state.items()}
     states: dict[str, Any] = {name: dict(known.get(each, {})) for name, each in mine.items()}
     everyones = world.gather_objects({n: _mark(each, states[n]) for n, each in mine.items()})
     differing = {

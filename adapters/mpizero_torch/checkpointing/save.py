@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
     extra: Mapping[str, Any] | None = None,
@@ -53,11 +53,11 @@ def save(
 ) -> PendingSave | None:
     """Save a run in the folder ``path``, which is there wholly or not at all. Collective.
 
-    ``model.safetensors`` has the plain module's names, and so anybody's reader; every rank writes
-    its own part. ``scheduler`` and ``loader`` (what ``mz.shard`` gives) are asked for their
-    ``state_dict()``; ``extra`` is further values of one's own, the same on all ranks: numbers,
-    strings, tensors, lists and dicts of these. Each rank's random number generators are saved too.
-    Nothing is pickled.
+    ``optimizer`` and ``scheduler`` may be lists of several. ``model.safetensors`` has the plain
+    module's names, and so anybody's reader; every rank writes its own part. ``scheduler`` and
+    ``loader`` (what ``mz.shard`` gives) are asked for their ``state_dict()``; ``extra`` is further
+    values of one's own, the same on all ranks: numbers, strings, tensors, lists and dicts of these.
+    Each rank's random number generators are saved too. Nothing is pickled.
 
     Parameters that were left out of ``DistributedDataParallel`` (experts of a rank's own) are saved
     for each rank, if they differ; they are loaded by as many ranks.
@@ -85,7 +85,7 @@ def save_run(
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
     extra: Mapping[str, Any] | None = None,
@@ -117,7 +117,7 @@ def collect(
     sharers: World | None = None,
     *,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
     extra: Mapping[str, Any] | None = None,
@@ -141,10 +141,8 @@ def collect(
         part, values[models.PART] = models.model_part(model, axes, arrays, own.anywhere)
         arrays = merged(axes.gather_stages(arrays))
         parts.append(part)
-    if optimizer is not None:
-        part, values[optimizers.PART] = optimizers.optimizer_part(
-            optimizer, model, axes, own.anywhere
-        )
+    for name, each in optimizers.by_part(optimizer).items():
+        part, values[name] = optimizers.optimizer_part(name, each, model, axes, own.anywhere)
         parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
@@ -163,7 +161,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
     strict: bool = True,
@@ -195,7 +193,7 @@ def restore(
     world: World,
     *,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
     strict: bool = True,
@@ -212,22 +210,23 @@ def restore(
     with agreed(world):
         others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
     given = {"scheduler": scheduler, "loader": loader}
-    for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
-        if wanted is not None and name not in found:
+    every = optimizers.by_part(optimizer)
+    for name in [*([] if model is None else [models.PART]), *every]:
+        if name not in found:
             raise _not_saved(name, checkpoint)
     for name, each in given.items():
         if each is not None and name not in others:
             raise _not_saved(name, checkpoint)
-    names, groups = _on_all_stages(axes, model, optimizer)
+    names, groups = _on_all_stages(axes, model, every)
     with agreed(world):
         own = owns.saved(checkpoint, model, world, strict)
         if model is not None:
             models.load_model(model, checkpoint, array, strict, names, own)
-        if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint, groups, own)
+        for name, each in every.items():
+            optimizers.load_optimizer(name, each, model, checkpoint, groups[name], own)
         for name, each in given.items():
             if each is not None:
-                each.load_state_dict(others[name])
+                _restore_state(each, others[name])
         if random and random_state.PART in found:
             random_state.restore(checkpoint, world)
     if isinstance(model, ShardedModule):
@@ -247,20 +246,36 @@ def _world_of(model: nn.Module | None, world: World | None) -> World:
 
 
 def _on_all_stages(
-    axes: Axes, model: nn.Module | None, optimizer: torch.optim.Optimizer | None
-) -> tuple[list[str], list[list[str]]]:
-    """The names of the model, and of the optimizer's groups, that the stages have together."""
+    axes: Axes, model: nn.Module | None, every: Mapping[str, torch.optim.Optimizer]
+) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """The names of the model, and of the optimizers' groups, that the stages have together."""
     names = [] if model is None else models.names_of(model)
-    groups = [] if optimizer is None else optimizers.group_names(optimizer, model)
-    everyones = axes.gather_stages((names, [list(each) for each in groups]))
-    together: list[list[str]] = [[] for _ in groups]
-    for _, theirs in everyones:
-        for own, more in zip(together, theirs, strict=False):
-            own += more
+    groups = {
+        part: [list(group) for group in optimizers.group_names(each, model)]
+        for part, each in every.items()
+    }
+    everyones = axes.gather_stages((names, groups))
+    together: dict[str, list[list[str]]] = {
+        part: [[] for _ in theirs] for part, theirs in groups.items()
+    }
+    for _, found in everyones:
+        for part, theirs in together.items():
+            for own, more in zip(theirs, found.get(part, ()), strict=False):
+                own += more
     return [name for theirs, _ in everyones for name in theirs], together
 
 
+def _restore_state(each: Any, state: Any) -> None:
+    if not isinstance(each, (list, tuple)):
+        each.load_state_dict(state)
+        return
+    for one, own in zip(each, state, strict=True):
+        one.load_state_dict(own)
+
+
 def _state_of(each: Any, name: str) -> Any:
+    if isinstance(each, (list, tuple)):
+        return [_state_of(one, name) for one in each]
     if not hasattr(each, "state_dict"):
         raise ArgumentError(
             "save()", name, f"a {type(each).__name__}, which has no state_dict()",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.futures import Future
 
+from mpizero.diagnostics import serving
 from mpizero_torch.distributed.c10d import WorkBase
 
 _lock = threading.Lock()
@@ -187,10 +188,11 @@ class _Fulfillers:
         self._tasks.put(task)
 
     def _serve(self) -> None:
-        while True:
-            self._tasks.get()()
-            with _lock:
-                self._idle += 1
+        with serving():
+            while True:
+                self._tasks.get()()
+                with _lock:
+                    self._idle += 1
 
 
 _fulfillers = _Fulfillers()

@@ -16,8 +16,10 @@ from torch import nn
 
 from mpizero import MpizeroError, World
 from mpizero.engine import GradientReducer, ParameterSpec, Weight, take_lane
+from mpizero.engine.buckets import Bucket
 from mpizero_torch import tensors
-from mpizero_torch.bucket_gradients import BucketGradients, layout
+from mpizero_torch.bucket_gradients import BucketGradients
+from mpizero_torch.bucket_places import layout
 from mpizero_torch.horovod.allgather import gather_rows
 from mpizero_torch.horovod.compression import Compressor
 from mpizero_torch.horovod.negotiation import Handle, stand_in
@@ -233,11 +235,11 @@ class Gradients:
         )
 
     @torch.no_grad()
-    def _fill(self, members: Sequence[int]) -> list[bool]:
+    def _fill(self, bucket: Bucket, members: Sequence[int]) -> list[bool]:
         """Put the gradients of a bucket's parameters into it, in the dtype they travel in."""
         for at in members:
             self._gradient(self._dense[at])  # dense from here on
-        return self._buckets.fill(members)
+        return self._buckets.fill(bucket, members)
 
     @torch.no_grad()
     def _reduce_loose(self, loose: Sequence[int]) -> None:

@@ -7,10 +7,30 @@ fill with gradients; ``units`` gathers parameters for modules (stage 3).
 
 from __future__ import annotations
 
+from mpizero_torch.sharding.access import (
+    full_gradient,
+    full_parameter,
+    optimizer_state,
+    set_gradient,
+    set_parameter,
+)
 from mpizero_torch.sharding.deferred import deferred
-from mpizero_torch.sharding.model_state import gathered
+from mpizero_torch.sharding.gathering import gathered
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.precision import MixedPrecision
 from mpizero_torch.sharding.zero import zero
 
-__all__ = ["ShardedModule", "ShardedOptimizer", "deferred", "gathered", "zero"]
+__all__ = [
+    "MixedPrecision",
+    "ShardedModule",
+    "ShardedOptimizer",
+    "deferred",
+    "full_gradient",
+    "full_parameter",
+    "gathered",
+    "optimizer_state",
+    "set_gradient",
+    "set_parameter",
+    "zero",
+]

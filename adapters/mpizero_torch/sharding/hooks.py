@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
 from mpizero_torch.hooks import BackwardHooks, LocalPass, Owner, check_dense, times
+from mpizero_torch.replica_hooks import AfterAverage
+from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
 
@@ -39,7 +42,11 @@ class ShardHooks(BackwardHooks):
         on_reduced: Callable[[list[bool]], None],
         before_pass: Callable[[], None],
         schedule: UnitSchedule | None,
+        gradients: MeanGradients,
     ) -> None:
+        self._after: dict[int, AfterAverage] = {}  # of parameters that others have hooks on
+        self._own_hooks: dict[int, int] = {}  # of parameters that announce their gradients
+        self._handles: list[Any] = []
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._targets: dict[tuple[int, int], list[_Target]] = {}
@@ -47,16 +54,44 @@ class ShardHooks(BackwardHooks):
         self._merge = Merge()
         self._aside: dict[int, torch.Tensor] = {}  # what was kept in ``.grad``, apart from a pass's
         self._unscaled: set[int] = set()  # of what is held: not yet what the merge keeps of it
-        self._without_stand_in: list[int] = []
+        self._here = False  # has a pass left gradients on this rank, not averaged?
+        self._gradients = gradients
         self._on_reduced, self._before_pass = on_reduced, before_pass
         self._schedule = schedule
         self._any_cut = any(slices.is_slice(p) for p in self._all)
-        self._stand_ins = [ShardedGradient.for_parameter(p) for p in self._all]
         self._came: set[int] = set()
         self._came_late = False  # in a pass that takes place at its end
         # Gradients on their way, and the segments that they have yet to be put into.
         self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
         super().__init__(owner, make_sharder(self._fill, self.left, self._has_gradient))
+
+    def watch(
+        self,
+        parameters: Sequence[tuple[int, nn.Parameter]],
+        announcing: Collection[int] | None = None,
+    ) -> None:
+        super().watch(parameters, announcing)
+        indices = (i for i, _ in parameters if announcing is None or i in announcing)
+        self._own_hooks = {
+            index: handle.id for index, handle in zip(indices, self._handles, strict=True)
+        }
+        for index, after in self._after.items():
+            after.take(self._own_hooks.get(index))
+
+    def remove(self) -> None:
+        super().remove()
+        for after in self._after.values():
+            after.take(None)
+        self._own_hooks = {}
+
+    def inherit(self, before: ShardHooks) -> None:
+        """Go on in the place of hooks that have been removed."""
+        self._after, before._after = before._after, {}
+
+    def __del__(self) -> None:
+        self.remove()
+        for after in self._after.values():
+            after.give_back()  # the parameters' other hooks are called by torch again
 
     @property
     def sharder(self) -> GradientSharder:
@@ -81,17 +116,32 @@ class ShardHooks(BackwardHooks):
             return range(len(self._all))
         return self._reducer.awaited
 
-    def forget(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._held.clear()
-        self._leaving.clear()
-        for parameter in self._all:
-            parameter.grad = None
+    def forget(self, members: Collection[int]) -> None:
+        """Drop the gradients of these parameters that are still on this rank."""
+        for index in members:
+            self._held.pop(index, None)
+            self._leaving.pop(index, None)
+            self._all[index].grad = None
 
-    @property
-    def has_unreduced(self) -> bool:
-        """Are there gradients that stayed on this rank?"""
-        return bool(self._held) or any(values_of(p) is not None for p in self._all)
+    def zero(self, members: Collection[int]) -> None:
+        """Let those of these parameters be zero that are still on this rank."""
+        for index in set(members).intersection(self.here()):
+            gradient = self._all[index].grad
+            if gradient is not None:
+                gradient.detach_() if gradient.grad_fn is not None else None
+                gradient.zero_()
+
+    def here(self) -> Collection[int]:
+        """Between passes: the parameters with a gradient that no pass has averaged yet."""
+        if not self._here:
+            return ()
+        for index, held in list(self._held.items()):
+            shown = self._all[index].grad
+            if not isinstance(shown, HeldGradient) or vars(shown)["held"] is not held:
+                del self._held[index]  # the program has forgotten it, or set another
+        found = {*self._held, *self.left()}
+        self._here = bool(found)
+        return found
 
     @property
     def held_bytes(self) -> int:
@@ -103,13 +153,23 @@ class ShardHooks(BackwardHooks):
         super()._announce(weight)
 
     def _begin_unannounced(self) -> None:
-        self._prepare()
+        self._prepare(came=True)
         super()._begin_unannounced()
 
-    def _prepare(self) -> None:
+    def _prepare(self, came: bool = False) -> None:
+        self._gradients.follow(came)
         self._before_pass()
         self._came.clear()
-        self._clear_stand_ins()
+        own = self._own_hooks
+        for index, parameter in enumerate(self._all):
+            # Autograd is about to add gradients to what is there.
+            if isinstance(parameter.grad, ShardedGradient):
+                parameter.grad = None
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            if hooks and len(hooks) > (index in own):
+                self._after[index] = AfterAverage({}, parameter, hooks)
+                self._after[index].take(own.get(index))
+                parameter._post_accumulate_grad_hooks = self._after[index]
 
     def average_kept(self) -> None:
         self._prepare()
@@ -125,7 +185,10 @@ class ShardHooks(BackwardHooks):
         self._held.clear()
         self._leaving.clear()
         self._prepare()
-        return super().shadow()
+        taking_part = super().shadow()
+        if not taking_part:
+            self._gradients.show()
+        return taking_part
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
         announce = super()._on_accumulated(index)
@@ -186,9 +249,8 @@ class ShardHooks(BackwardHooks):
     def _bring_back(self) -> None:
         for index, gradient in self._aside.items():
             self._all[index].grad = gradient
-        for index in self._without_stand_in:
-            if self._all[index].grad is None:
-                self._all[index].grad = self._stand_ins[index]
+        self._show_held()
+        self._gradients.show()
         self._forget_merge()
 
     def _forget_merge(self) -> None:
@@ -204,6 +266,11 @@ class ShardHooks(BackwardHooks):
                 if index in self._aside or values_of(self._all[index]) is not None:
                     self._all[index].grad = self._take(index)
         self._forget_merge()
+        self._show_held()
+        self._here = True
+        self._gradients.left_here()
+
+    def _show_held(self) -> None:
         for index, held in self._held.items():
             self._all[index].grad = HeldGradient.of(self._all[index], held)
 
@@ -222,18 +289,14 @@ class ShardHooks(BackwardHooks):
     def _take_over(self, anywhere: list[bool]) -> None:
         self._held.clear()
         self._forget_merge()
+        self._here = False
+        if not self._reducer.keeps and self._gradients.marks:
+            self._gradients.clear_all()  # shadowing: the others have forgotten theirs since
         self._on_reduced(anywhere)
-        for parameter, stand_in, used in zip(self._all, self._stand_ins, anywhere, strict=True):
-            if used:
-                parameter.grad = stand_in
-
-    def _clear_stand_ins(self) -> None:
-        """Autograd is about to add gradients to what is there."""
-        self._without_stand_in = []
-        for index, parameter in enumerate(self._all):
-            if isinstance(parameter.grad, ShardedGradient):
-                parameter.grad = None
-                self._without_stand_in.append(index)
+        self._gradients.placed(anywhere)
+        for index, after in sorted(self._after.items()):
+            if anywhere[index]:
+                after.call(self._all[index])
 
     def _fill(self, key: tuple[int, int], fillings: Sequence[Filling]) -> list[int]:
         """Copy the gradients of a segment's parameters to it, all in one call.

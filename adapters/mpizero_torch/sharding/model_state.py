@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,30 +62,36 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
         yield model.module if isinstance(model, DistributedModule) else model
         return
     with state.group.world.together("gathered()"):
-        with _whole(model, state, modify):
+        model.follow("gathered()")
+        with whole(model, modify, range(len(state.named))):
             yield model.module
         state.memory.settle()
 
 
 @contextmanager
-def _whole(model: Any, state: ShardedState, modify: bool) -> Iterator[None]:
-    model.hold_parameters()
-    parameters = [parameter for _, parameter in state.named]
+def whole(model: Any, modify: bool, indices: Sequence[int]) -> Iterator[None]:
+    """These parameters of a sharded model, whole; with ``modify``, to be written by rank 0."""
+    state: ShardedState = model.state
+    let_go = model.hold_some(indices)
+    parameters = [state.named[index][1] for index in indices]
     homes = [slices.local(parameter).data for parameter in parameters]
     if modify and state.sharding.how == COMMON:
         for parameter, home in zip(parameters, homes, strict=True):
             slices.move(parameter, home.clone())
         state.memory.settle()
+    before, model.writes.watches = model.writes.watches, model.writes.watches and not modify
     try:
         yield
         if modify:
             broadcast_tensors(parameters, state.group.world, root=0)
-            for index, parameter in enumerate(parameters):
-                state.store(index, parameter)
+            state.adopt(indices)
     finally:
         for parameter, home in zip(parameters, homes, strict=True):
             slices.move(parameter, home)
-        model.let_parameters_go()
+        let_go()
+        model.writes.watches = before
+        if modify:
+            model.writes.settle()
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError, World
-from mpizero.engine import COMMON, SHARDED, GradientSharder, Lane, ShardGroup
+from mpizero.engine import SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
 from mpizero_torch.compiling import as_it_is
 from mpizero_torch.replicate import Buffers, Structure
+from mpizero_torch.sharding import access
+from mpizero_torch.sharding.boundary import Boundary
+from mpizero_torch.sharding.comparison import compare
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
+from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
+from mpizero_torch.sharding.precision import Layers
+from mpizero_torch.sharding.runs import Run
 from mpizero_torch.sharding.schedule import UnitSchedule
 from mpizero_torch.sharding.state import ShardedState, Sharding
 from mpizero_torch.sharding.units import Unit, find_units
+from mpizero_torch.sharding.writes import Writes
 from mpizero_torch.wrapper import DistributedModule
 
 
@@ -40,14 +46,17 @@ class ShardedModule(DistributedModule):
     def __init__(
         self,
         module: nn.Module,
-        optimizer: ShardedOptimizer,
-        groups: Sequence[Sequence[int]],
+        optimizers: Sequence[ShardedOptimizer],
+        groups: Sequence[Sequence[Sequence[int]]],
+        partitions: Sequence[str],
         world: World,
         lane: Lane,
         group: ShardGroup,
         sharding: Sharding,
         *,
         broadcast_buffers: bool,
+        layers: Layers | None,
+        boundary: Boundary | None,
         loss_scale: LossScale | None,
         aside: StateOnDisk | None,
         initialise: Initialise | None,
@@ -58,12 +67,22 @@ class ShardedModule(DistributedModule):
         self._in_join = False
         self._named = list(names.named_parameters(module))
         initialiser = Initialiser(module, [p for _, p in self._named], self.world, initialise)
-        self._optimizer, self._sharding = [optimizer], sharding
+        self._boundary = boundary
+        if layers is not None:
+            layers.convert_buffers()
+            layers.hook()
+        if boundary is not None:
+            boundary.hook()
+        self._optimizers, self._partitions = list(optimizers), list(partitions)
+        self._sharding = sharding
         self._loss_scale, self._aside = loss_scale, aside
         self._units, unit_of = self._find_units(whole)
+        every = [members for each in groups for members in each]
+        cuts = [cut for each, cut in zip(groups, partitions, strict=True) for _ in each]
         self._state = ShardedState(
-            self._named, groups, group, sharding, self._units, unit_of, initialiser.prepare, aside
-        )
+            self._named, every, cuts, group, sharding, self._units, unit_of, initialiser.prepare,
+            aside,
+        )  # fmt: skip
         self._schedule: UnitSchedule | None = None
         if self._units:
             parameters = [parameter for _, parameter in self._named]
@@ -72,19 +91,41 @@ class ShardedModule(DistributedModule):
                 module, self._units, parameters, memory, group.gatherers, bool(whole)
             )
             group.is_sure = group.one_memory  # the same on all ranks
+        self.gradients = MeanGradients(
+            self._named,
+            self._optimizers,
+            lambda index: bool(self.sharder.segments_of(index)),
+            lambda: self._hooks.here(),
+        )
         self._hooks = self._make_hooks()
-        optimizer.take(self, self._state.make_runs(self.sharder), groups)
+        runs, number = self._state.make_runs(self.sharder), 0
+        for optimizer, members in zip(optimizers, groups, strict=True):
+            optimizer.take(self, runs, range(number, number + len(members)), members)
+            number += len(members)
         self._buffers_in_sync = Buffers(Structure(module), ()) if broadcast_buffers else None
-        self._versions = self._current_versions()
+        self.writes = Writes(module, self._state)
         self._changes_when_summed: list[int] = []
         self._were_trainable: list[bool] = []
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
+        access.register(self)
+
+    @property
+    def optimizers(self) -> list[ShardedOptimizer]:
+        """The optimizers that were made with this module."""
+        return list(self._optimizers)
 
     @property
     def optimizer(self) -> ShardedOptimizer:
-        """The optimizer that was made with this module."""
-        return self._optimizer[0]
+        """The optimizer that was made with this module, where there is one only."""
+        only: ShardedOptimizer
+        (only,) = self._optimizers
+        return only
+
+    @property
+    def runs(self) -> list[Run]:
+        """This rank's shards, as its optimizers have them."""
+        return [run for optimizer in self._optimizers for run in optimizer.runs]
 
     @property
     def loss_scale(self) -> float:
@@ -107,22 +148,25 @@ class ShardedModule(DistributedModule):
     @functools.partial(as_it_is, recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward on this rank's input. With ``precision``, in it."""
-        self._check_unwritten()
-        if self._sharding.precision is None:
+        self.writes.check()
+        if self._boundary is None:
             return super().forward(*args, **kwargs)
-        args, kwargs = tree_map(self._narrow, (args, kwargs))
-        return tree_map(self._widen, super().forward(*args, **kwargs))
+        with self._boundary.crossed():
+            args, kwargs = self._boundary.taken_in(args, kwargs)
+            output = super().forward(*args, **kwargs)
+            return self._boundary.given_out(output)
 
     @contextmanager
-    def join(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    def join(self, optimizer: Any = None) -> Iterator[None]:
         """For loops that may end earlier on some ranks: see ``DistributedDataParallel.join``.
 
-        Ranks that are done take part in the others' updates too, so it wants the optimizer. Raises
-        ArgumentError without it.
+        Ranks that are done take part in the others' updates too, so it wants the optimizer, or the
+        list of them. Raises ArgumentError without it.
         """
-        if optimizer is not self.optimizer:
+        every = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        if {id(each) for each in every} != {id(each) for each in self._optimizers}:
             given = "nothing" if optimizer is None else "another optimizer"
-            raise ArgumentError("join()", "optimizer", given, "the one that mz.zero() gave back")
+            raise ArgumentError("join()", "optimizer", given, "what mz.zero() gave back")
         if self.world.size == 1:
             yield
             return
@@ -137,7 +181,8 @@ class ShardedModule(DistributedModule):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as the optimizer's does."""
-        self.optimizer.zero_grad(set_to_none)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, root: int | None = None, **kwargs: Any) -> Any:
         """The plain module's state_dict, with whole parameters. Collective.
@@ -145,6 +190,7 @@ class ShardedModule(DistributedModule):
         On every rank, or on ``root`` only ({} elsewhere). With ``precision``, the float32 values
         that are trained. Takes memory for the result only, and for a piece of a parameter.
         """
+        self.follow("state_dict()")
         return whole_state_dict(self.module, self._state, root, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -156,10 +202,13 @@ class ShardedModule(DistributedModule):
         if self._schedule is not None:
             self._schedule.hold_all()
 
+    def hold_some(self, indices: Collection[int]) -> Callable[[], None]:
+        """Let these parameters be there until what is returned is called."""
+        return (lambda: None) if self._schedule is None else self._schedule.hold(indices)
+
     def let_parameters_go(self) -> None:
         if self._schedule is not None:
             self._schedule.let_all_go()
-        self._versions = self._current_versions()
 
     @property
     def held_bytes(self) -> int:
@@ -173,12 +222,13 @@ class ShardedModule(DistributedModule):
 
     def own_gradients(self) -> list[torch.Tensor]:
         """This rank's part of the mean gradients."""
-        return [run.gradient for run in self.optimizer.runs if run.has_gradient]
+        self.gradients.follow()
+        return self.gradients.own
 
     def own_squares(self) -> float:
         """The sum of their squares: known since they were summed, unless they changed since."""
         gradients = self.own_gradients()
-        if _changes(gradients) == self._changes_when_summed:
+        if self.gradients.as_summed and _changes(gradients) == self._changes_when_summed:
             return self.sharder.own_squares
         return sum(float(each.double().pow(2).sum()) for each in gradients)
 
@@ -190,91 +240,119 @@ class ShardedModule(DistributedModule):
         names = [each for each, _ in self._named]
         if name not in names:
             raise ArgumentError("gradient()", "name", repr(name), ", ".join(names))
-        index = names.index(name)
-        dtype = next((r.gradient.dtype for r in self.optimizer.runs), None)
-        shape = self._state.shapes[index]
-        whole = torch.zeros(shape, dtype=dtype, device=self._state.device)
-        has = 0
-        for run in self.optimizer.runs:
-            for piece in run.pieces:
-                if piece.index == index and run.has_gradient:
-                    has = 1
-                    if self._state.group.is_holder:
-                        part = run.gradient.reshape(-1)[piece.place]
-                        whole.view(-1)[piece.elements] = part.to(whole)
-        self.world.allreduce(whole)
-        if not self.world.allreduce(has, "max"):
-            return None
-        return slices.wrap(whole, self._named[index][1])
+        return access.whole_gradient(self, names.index(name))
 
     def _shadow_update(self) -> bool:
         """Take part in the others' update, if they have announced one."""
         if not self.sharder.told.updates:
             return False
-        self._update_together(None)
+        optimizer = self._update_together(None)
         self._in_join = False  # the update itself is not announced once more
-        self.optimizer.step()
+        optimizer.step()
         self._in_join = True
         return True
 
-    def _update_together(self, mine: list[dict[str, Any]] | None) -> None:
-        """Go by the settings (learning rates, ...) of the ranks that have them from their loop."""
-        every = self._lane.world.gather_objects(mine)
-        theirs = next(settings for settings in every if settings is not None)
-        for group, settings in zip(self.optimizer.param_groups, theirs, strict=True):
-            group.update(settings)
+    def _update_together(self, mine: ShardedOptimizer | None) -> ShardedOptimizer:
+        """Whose update it is, with the settings (learning rates, ...) of the ranks that make it.
 
-    def before_update(self) -> None:
+        ``mine``: this rank's, from its loop.
+        """
+        said = None
+        if mine is not None:
+            settings = [_settings(group) for group in mine.param_groups]
+            said = self._optimizers.index(mine), settings
+        every = self._lane.world.gather_objects(said)
+        number, theirs = next(each for each in every if each is not None)
+        optimizer: ShardedOptimizer = self._optimizers[number]
+        for group, settings in zip(optimizer.param_groups, theirs, strict=True):
+            group.update(settings)
+        return optimizer
+
+    def before_update(self, optimizer: ShardedOptimizer) -> None:
         """All ranks have come to the update: none reads the old parameters any more. Collective."""
         if self._in_join:
             self.sharder.announce_update()
-            self._update_together([_settings(group) for group in self.optimizer.param_groups])
-        if self._hooks.has_unreduced and not self.optimizer.holds_gradients:
-            raise no_gradients("optimizer.step()")
+            self._update_together(optimizer)
+        self.check_reduced("optimizer.step()")
         if self._schedule is not None:
             self._schedule.before_update()
-        self._state.memory.settle()
+        self.follow("optimizer.step()", sure=True)
+
+    def check_reduced(self, where: str) -> None:
+        """Raise MpizeroError if there are gradients that no pass has averaged."""
+        if self._hooks.here():
+            raise no_gradients(where)
+
+    def follow(self, where: str, *, sure: bool = False) -> None:
+        """What the program has done to gradients and parameters holds from here on. Collective.
+
+        All ranks must have done the same, and none reads the old parameters any more then.
+        ``where``: in which call, which all must have made; ``sure``: it is not compared at a cost.
+        """
+        self.gradients.follow()
+        changed, number, error = self.writes.find()
+        said = f"{self.gradients.description}; {self.writes.describe(changed, error)}"
+        digests = [self.gradients.digest, number]
+        compare(self._lane.world, digests, said, where, sure)
+        if error is not None:
+            raise error
+        self.gradients.agree()
+        if changed:
+            self.writes.take_over(changed)
 
     def should_update(self) -> bool:
         """False if the gradients overflowed, on any rank, under a scaled loss."""
-        return self._loss_scale is None or self._loss_scale.update(self.sharder.overflowed)
+        scale = self._loss_scale
+        return scale is None or scale.should_step(self.sharder.overflowed, self.world.rank)
 
-    def after_update(self) -> None:
-        """This rank's shards have been updated: publish them. Collective."""
-        self._state.memory.publish()
+    @contextmanager
+    def changing(self, optimizer: ShardedOptimizer) -> Iterator[None]:
+        """While an optimizer changes this rank's shards, outside of an update. Collective."""
+        if self._schedule is not None:
+            self._schedule.before_update()
+        self.follow("optimizer.train() or eval()", sure=True)
+        yield
+        self.after_update(optimizer)
+
+    def after_update(self, optimizer: ShardedOptimizer) -> None:
+        """This rank's shards have been updated by it: publish them. Collective."""
+        numbers = optimizer.numbers
+        self._state.memory.publish(
+            {own.number for own in self._state.trained if own.group in numbers}
+        )
         if self._schedule is not None:
             self._schedule.after_update()
 
     @property
-    def keeps_state_aside(self) -> bool:
-        """Is the optimizer's state kept outside of memory?"""
-        return self._aside is not None
+    def aside(self) -> StateOnDisk | None:
+        """Where the optimizer's state is kept, if that is outside of memory."""
+        return self._aside
 
-    def put_state_aside(self, state: dict[str, Any]) -> None:
-        """Let a run's state, in place, be where it is kept."""
-        if self._aside is not None:
-            self._aside.take(state)
-
-    def add_group(self, group: dict[str, Any]) -> None:
+    def add_group(self, optimizer: ShardedOptimizer, group: dict[str, Any]) -> None:
         """Train further parameters of the model, with these settings (see the optimizer)."""
         names = {id(parameter): at for at, (_, parameter) in enumerate(self._named)}
+        taken = {index for each in self._optimizers for index in each.members}
         members: list[int] = []
         for parameter in group["params"]:
             index = names.get(id(parameter))
-            if index is None or self.optimizer.has(index) or index in members:
+            if index is None or index in taken or index in members:
                 raise ArgumentError(
                     "add_param_group()", "params", f"a parameter of shape {tuple(parameter.shape)}",
                     "parameters of the model that are in no group of the optimizer",
                 )  # fmt: skip
             members.append(index)
         self.world.agree([str(members)], "the parameters of the new group")
-        optimizer = self.optimizer
+        partition = self._partitions[self._optimizers.index(optimizer)]
+        self.follow("add_param_group()")
         with self._whole_parameters():
-            added = self._state.add(len(optimizer.param_groups), members)
-        self._hooks.remove()
+            number, added = self._state.add_group(members, partition)
+        self.writes.settle()
+        before = self._hooks
+        before.remove()
         self._hooks = self._make_hooks()
-        self._state.rebase(optimizer.runs, self.sharder)
-        optimizer.adopt(self._state.make_runs(self.sharder, added), group, members)
+        self._hooks.inherit(before)
+        self._state.rebase(self.runs, self.sharder)
+        optimizer.adopt(self._state.make_runs(self.sharder, added), number, group, members)
         self._were_trainable = []
         self._watch_parameters()
 
@@ -286,9 +364,23 @@ class ShardedModule(DistributedModule):
         finally:
             self.let_parameters_go()
 
-    def forget_unreduced(self) -> None:
-        """Drop the gradients that are still on this rank."""
-        self._hooks.forget()
+    def forget_gradients(self, optimizer: ShardedOptimizer, set_to_none: bool) -> None:
+        """Forget the gradients of an optimizer, and of none, or let those there are be zero.
+
+        Also those that are still on this rank.
+        """
+        others = {
+            index for each in self._optimizers if each is not optimizer for index in each.members
+        }
+        members = [index for index in range(len(self._named)) if index not in others]
+        if set_to_none:
+            self._hooks.forget(members)
+            self.gradients.clear(members)
+        else:
+            self.gradients.follow()
+            self._hooks.zero(members)
+            self.sharder.zero_kept(members)
+            self.gradients.zero(members)
 
     def _watch_parameters(self) -> None:
         are_trainable = [parameter.requires_grad for _, parameter in self._named]
@@ -334,6 +426,7 @@ class ShardedModule(DistributedModule):
             on_reduced=self._take_gradients,
             before_pass=self._prepare_pass,
             schedule=self._schedule,
+            gradients=self.gradients,
         )
 
     def _memory_to_hold(self) -> Any:
@@ -351,59 +444,31 @@ class ShardedModule(DistributedModule):
         return 1.0 if self._loss_scale is None else self._loss_scale.value
 
     def _prepare_pass(self) -> None:
-        optimizer, sharder = self.optimizer, self.sharder
-        sharder.keeps = optimizer.holds_gradients
+        sharder, runs = self.sharder, self.runs
+        if self._loss_scale is not None:
+            self._loss_scale.check_pass({id(parameter) for _, parameter in self._named})
+        sharder.keeps = bool(self.gradients.marks)
+        sharder.marks, sharder.described = self.gradients.digest, self.gradients.description
         if sharder.keeps:
-            for run in optimizer.runs:
+            for run in runs:
                 if not run.has_gradient:
                     run.gradient.zero_()
 
     def _take_gradients(self, anywhere: list[bool]) -> None:
         if self._schedule is not None:
             self._schedule.end_of_backward()
-        self.optimizer.receive(anywhere.__getitem__)
+        for optimizer in self._optimizers:
+            optimizer.receive(anywhere.__getitem__)
+        if self._loss_scale is not None:
+            self._loss_scale.gradients_changed()
         if self.sharder.overflowed and self._loss_scale is None:
             # A GradScaler looks at this rank's shards alone; every rank's must tell it.
-            for gradient in self.own_gradients():
+            for gradient in self.gradients.own:
                 gradient.view(-1)[:1] = torch.inf
-        self._changes_when_summed = _changes(self.own_gradients())
+        self._changes_when_summed = _changes(self.gradients.own)
 
     def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad()
-
-    def _narrow(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.to(self._sharding.precision)
-        return value
-
-    def _widen(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dtype == self._sharding.precision:
-            value = value.float()
-            if self._loss_scale is not None:
-                value = self._loss_scale.apply(value)
-        return value
-
-    def _current_versions(self) -> list[int]:
-        # Writing to a DTensor counts for its own part, and for itself.
-        return [0 if p.is_inference() else slices.local(p)._version for _, p in self._named]
-
-    @as_it_is
-    def _check_unwritten(self) -> None:
-        """Shared memory written to by every rank would have been written to n times."""
-        if self._sharding.how != COMMON or self._state.group.inner.size == 1:
-            return
-        versions = self._current_versions()
-        if versions != self._versions:
-            pairs = zip(self._versions, versions, strict=True)
-            at = next(at for at, (old, new) in enumerate(pairs) if old != new)
-            raise ArgumentError(
-                "forward()", "parameters",
-                f"'{self._named[at][0]}' was written to in place after mz.zero()",
-                "parameters that only the optimizer changes",
-                "The ranks of a node share one copy, so every rank's write was applied to it. "
-                "Initialise before mz.zero(), write inside `with mz.gathered(model):`, or give "
-                "every rank a copy with share_parameters=False.",
-            )  # fmt: skip
+        self.zero_grad()
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

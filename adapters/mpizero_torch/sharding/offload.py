@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def _arrived(run: Run, gradient: torch.Tensor, event: Any) -> tuple[Run, torch.T
 
 
 class StateOnDisk:
-    """Keeps tensors of state in memory-mapped files of a folder of its own, gone with it.
+    """Keeps tensors in memory-mapped files of a folder of its own, gone with it.
 
     The kernel writes pages back and drops them as it needs the room. ``folder``: on a local disk;
     by default where temporary files go (which may be memory, on some machines). What somebody else
@@ -72,19 +74,30 @@ class StateOnDisk:
         self._folder = Path(tempfile.mkdtemp(prefix="mpizero-state-", dir=folder))
         self._made: list[tuple[Path, tuple[int, int]]] = []  # with device and inode
         weakref.finalize(self, _remove, os.getpid(), self._folder, self._made)  # at exit, too
-        self._known: dict[int, torch.Tensor] = {}
+        self._mapped: list[Any] = []  # for good, so that no other memory lies where they do
+        self._starts: list[int] = []  # of the memory of each file, ascending,
+        self._ends: list[int] = []  # and where it ends
         self.nbytes = 0
 
-    def take(self, state: dict[str, Any]) -> None:
-        """Replace the tensors of ``state`` that are not in files yet by ones that are."""
-        for key, value in state.items():
-            is_large = isinstance(value, torch.Tensor) and value.numel() > 1
-            if is_large and id(value) not in self._known:
-                mapped = self.zeros(value.numel(), tensors.numpy_dtype(value.dtype))
-                kept = tensors.as_tensor(mapped).view(value.shape)
-                kept.copy_(value)
-                state[key] = kept
-                self._known[id(kept)] = kept
+    def keep(self, value: Any) -> Any:
+        """A tensor in a file for one that is not, if that is worth it."""
+        is_large = isinstance(value, torch.Tensor) and value.numel() > 1
+        if not is_large or self._holds(value):
+            return value
+        kept = self.empty_like(value)
+        kept.copy_(value.detach())
+        return kept
+
+    def empty_like(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor in a file."""
+        mapped = self.zeros(value.numel(), tensors.numpy_dtype(value.dtype))
+        return tensors.as_tensor(mapped).view(value.shape)
+
+    def _holds(self, value: torch.Tensor) -> bool:
+        if value.device.type != "cpu":
+            return False
+        at = bisect_right(self._starts, value.data_ptr()) - 1
+        return at >= 0 and value.data_ptr() < self._ends[at]
 
     def zeros(self, count: int, dtype: Any) -> Any:
         """A zeroed 1-D array in a file."""
@@ -96,9 +109,51 @@ class StateOnDisk:
             self._made.append((path, (found.st_dev, found.st_ino)))
             mapped = np.memmap(file, np.uint8, "r+", shape=(nbytes,))
         self.nbytes += nbytes
+        self._mapped.append(mapped)
+        at = bisect_right(self._starts, mapped.ctypes.data)
+        self._starts.insert(at, mapped.ctypes.data)
+        self._ends.insert(at, mapped.ctypes.data + nbytes)
         # A plain array over the mapping: torch asks no more of it.
         array: np.ndarray[Any, Any] = np.asarray(mapped)[: count * dtype.itemsize].view(dtype)
         return array
+
+
+class States(defaultdict[Any, dict[str, Any]]):
+    """An optimizer's state by parameter, of which every tensor goes to a file as it is put here.
+
+    So that there is no moment at which all of it is in memory.
+    """
+
+    def __init__(self, aside: StateOnDisk, state: Mapping[Any, Any]) -> None:
+        super().__init__(lambda: State(aside, {}))
+        self._aside = aside
+        for parameter, values in state.items():
+            self[parameter] = values
+
+    def __setitem__(self, parameter: Any, values: dict[str, Any]) -> None:
+        kept = isinstance(values, State)
+        super().__setitem__(parameter, values if kept else State(self._aside, values))
+
+
+class State(dict[str, Any]):
+    """Of one parameter."""
+
+    def __init__(self, aside: StateOnDisk, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._aside = aside
+        self.update(values)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, self._aside.keep(value))
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
 
 
 def _remove(pid: int, folder: Path, made: list[tuple[Path, tuple[int, int]]]) -> None:

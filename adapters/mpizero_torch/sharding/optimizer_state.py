@@ -7,7 +7,7 @@ result and one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from mpizero import ArgumentError
 from mpizero.engine import ShardGroup
 from mpizero_torch import slices
-from mpizero_torch.sharding.runs import Run, split
+from mpizero_torch.sharding.runs import Run, not_by_element, split
 
 _NUMBERED = "step"  # counts steps: never a number for each element, never rounded to another dtype
 
@@ -60,11 +60,29 @@ def consolidate(
     root: int | None,
 ) -> dict[str, Any]:
     """The plain optimizer's state_dict, on every rank or on ``root``. Collective."""
+    state = whole_state(inner, runs, _numbers(members), shapes, group, root)
+    packed, at = [], 0
+    for settings, indices in zip(inner.param_groups, members, strict=True):
+        own = {key: value for key, value in settings.items() if key != "params"}
+        packed.append({**own, "params": list(range(at, at + len(indices)))})
+        at += len(indices)
+    return {"state": state, "param_groups": packed}
+
+
+def whole_state(
+    inner: torch.optim.Optimizer,
+    runs: Sequence[Run],
+    numbers: Mapping[int, int],
+    shapes: Sequence[tuple[int, ...]],
+    group: ShardGroup,
+    root: int | None,
+) -> dict[int, dict[str, Any]]:
+    """The state of parameters, under the ``numbers`` that are given for them. Collective."""
     tensors, others = own_state(inner, runs, group)
     everyones = group.world.gather_objects((_describe(tensors, group), others))
+    others = merged([other for _, other in everyones])
     wanted = root is None or root == group.world.rank
     state: dict[int, dict[str, Any]] = {}
-    numbers = _numbers(members)
     for index, number in numbers.items():
         found: dict[str, Any] = {}
         keys = {key for held, _ in everyones for at, key in held if at == index}
@@ -72,16 +90,31 @@ def consolidate(
             holders = [each for held, _ in everyones for each in held.get((index, key), ())]
             value = _gather(tensors.get((index, key), {}), holders, shapes[index], group, wanted)
             found[key] = value
-        for _, other in everyones:
-            found.update(other.get(index, {}))
+        found.update(others.get(index, {}))
         if found and wanted:
             state[number] = {key: found[key] for key in sorted(found, key=_like_torch)}
-    packed, at = [], 0
-    for settings, indices in zip(inner.param_groups, members, strict=True):
-        own = {key: value for key, value in settings.items() if key != "params"}
-        packed.append({**own, "params": list(range(at, at + len(indices)))})
-        at += len(indices)
-    return {"state": state, "param_groups": packed}
+    return state
+
+
+def merged(everyones: Iterable[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """What all ranks' state has for each parameter as a whole.
+
+    Raises ArgumentError if ranks have different for parts of one parameter.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for others in everyones:
+        for index, values in others.items():
+            own = found.setdefault(index, {})
+            for key, value in values.items():
+                if key in own and repr(own[key]) != repr(value):
+                    raise ArgumentError(
+                        "state_dict()", "partition", "'flat' for an optimizer whose state "
+                        f"'{key}' differs between the parts of a parameter ({own[key]!r} and "
+                        f"{value!r})", "partition='parameter'",
+                        "Such an optimizer looks at more than one element at a time.",
+                    )  # fmt: skip
+                own[key] = value
+    return found
 
 
 def distribute(
@@ -147,6 +180,8 @@ def own_state(
                     others.setdefault(piece.index, {})[key] = plain
                     continue
                 sliced = value.shape == run.parameter.shape
+                if run.is_cut and not sliced and value.numel() > 1:
+                    raise not_by_element("state_dict()", key, tuple(value.shape))
                 part = value.reshape(-1)[piece.place] if sliced else value
                 held = tensors.setdefault((piece.index, key), {})
                 held[piece.elements.start] = (piece.elements.stop, part, sliced)
@@ -197,6 +232,8 @@ def _state_of(run: Run, state: dict[int, Any], shapes: Sequence[tuple[int, ...]]
     result: dict[str, Any] = {}
     for key, value in state[first].items():
         if not _is_sliced(key, value, shapes[first]):
+            if run.is_cut and isinstance(value, torch.Tensor) and value.numel() > 1:
+                raise not_by_element("load_state_dict()", key, tuple(value.shape))
             result[key] = _as_torch_keeps(key, value, parameter)
             continue
         own = torch.zeros_like(parameter.detach())

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpizero import ArgumentError
 from mpizero.engine import Space
 from mpizero_torch import tensors
+from mpizero_torch.sharding.stand_in import OwnGradient, PartOfGradient, ShardedGradient
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Run:
     """Memory that is updated as one: ``parameter``, its ``gradient``, and what lies in it.
 
     ``home``: the number of its space among those of the optimizer, of the segment (or the
-    parameter, if it is a whole one), and where it begins there.
+    parameter, if it is a whole one), and where it begins there. ``is_cut``: parameters may begin
+    and end anywhere in it.
     """
 
     parameter: nn.Parameter
@@ -42,13 +45,44 @@ class Run:
     pieces: tuple[Piece, ...]
     group: int  # of the optimizer's groups
     home: tuple[int, int, int]
+    is_all: bool = False  # does one rank hold all there is?
     has_gradient: bool = False  # since it was last forgotten
+    is_cut: bool = False
+    copy: torch.Tensor | None = None  # of the gradient, in a file
+    _shown: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradient, and what shows it
 
     def receive(self) -> None:
         """The gradient's memory holds a gradient now."""
         self.has_gradient = True
-        if self.is_direct:
+        self.show()
+
+    def show(self) -> None:
+        """Let ``.grad`` be what the program may see of it."""
+        self.parameter.grad = self.shown if self.has_gradient else None
+
+    def lend(self) -> None:
+        """Let the optimizer, in its step, have the gradient itself."""
+        if self.has_gradient and self.is_direct:
             self.parameter.grad = self.gradient
+
+    def take_changes(self) -> None:
+        """The program may have put another gradient in its place."""
+        given = self.parameter.grad
+        if given is not None and given is not self.shown:
+            self.gradient.copy_(given)
+            self.parameter.grad = self.shown
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """What ``.grad`` is outside of a step: a part, of which no sum over all can be made."""
+        if self._shown is None or self._shown[0] is not self.gradient:
+            found = self.gradient
+            if not self.is_direct:
+                found = ShardedGradient.for_parameter(self.parameter)
+            else:
+                found = found.as_subclass(OwnGradient if self.is_all else PartOfGradient)
+            self._shown = self.gradient, found
+        return self._shown[1]
 
     def forget(self) -> None:
         self.has_gradient = False
@@ -84,7 +118,8 @@ def slice_runs(
         found = [(index, space.layout.overlap(str(index), own)) for index in segment.members]
         pieces = tuple(Piece(index, *overlap) for index, overlap in found if overlap is not None)
         parameter = nn.Parameter(tensors.as_tensor(block))
-        yield Run(parameter, tensors.as_tensor(gradient), pieces, group, (number, at, 0))
+        gradient = tensors.as_tensor(gradient)
+        yield Run(parameter, gradient, pieces, group, (number, at, 0), is_cut=True)
 
 
 def parameter_runs(
@@ -136,20 +171,34 @@ def _cut(run: Run, fates: Sequence[Hashable], state: dict[Any, Any]) -> list[Run
         )
         number, segment, offset = run.home
         home = number, segment, offset + start
-        part = Run(parameter, run.gradient[start:stop], moved, run.group, home)
+        part = Run(
+            parameter, run.gradient[start:stop], moved, run.group, home, run.is_all, is_cut=True
+        )
         if run.has_gradient:
             part.receive()
         if before:
             state[parameter] = {
-                key: _part_of_state(value, count, start, stop) for key, value in before.items()
+                key: _part_of_state(key, value, count, start, stop) for key, value in before.items()
             }
         parts.append(part)
     return parts
 
 
-def _part_of_state(value: Any, count: int, start: int, stop: int) -> Any:
+def _part_of_state(key: str, value: Any, count: int, start: int, stop: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if value.dim() == 1 and value.numel() == count:
         return value[start:stop]
+    if value.numel() > 1:
+        raise not_by_element("optimizer", key, tuple(value.shape))
     return value.clone()
+
+
+def not_by_element(function: str, key: str, shape: tuple[int, ...]) -> ArgumentError:
+    """The error for state that cannot be cut, nor put together, where parameters are."""
+    return ArgumentError(
+        function, "partition", f"'flat' for an optimizer whose state '{key}' has shape {shape}, "
+        "neither one number for each element nor one for all",
+        "partition='parameter'", "mz.zero(..., partition='parameter') gives it whole parameters, "
+        "whose state may have any shape.",
+    )  # fmt: skip

@@ -8,7 +8,7 @@ parameters have come, or when two further units have been gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ class UnitSchedule:
         self._saved = SavedTensors(self, any(slices.is_slice(each) for each in parameters))
         self._is_seen = True  # what autograd saves, in the forward under way
         self._stack: list[_Frame] = []
-        self._whole: list[_Frame] = []  # of those who hold everything
+        self._whole: list[Callable[[], None]] = []  # the ends of those who hold everything
         self._lent: set[Unit] = set()
         self._asked: list[Unit] = []  # held for who last asked for values, of no module's forward
         self._backward: dict[Unit, set[int]] = {}  # held in backward: gradients not come yet
@@ -132,21 +132,31 @@ class UnitSchedule:
         finally:
             self._pop(frame)
 
-    def hold_all(self) -> None:
-        """Let all parameters be there, to be read and written, until ``let_all_go``."""
+    def hold(self, indices: Collection[int]) -> Callable[[], None]:
+        """Let these parameters be there, to be read and written, until the result is called."""
+        wanted = set(indices)
+        units = [unit for unit in self._units if not wanted.isdisjoint(unit.members)]
         frame = _Frame(may_write=True)
         self._push(frame)
-        self._whole.append(frame)
-        for unit in self._units:
+        for unit in units:
             self._hold(unit, frame)
-        for unit in self._units:
+        for unit in units:
             unit.wait()
+
+        def let_go() -> None:
+            self._pop(frame)
+            self.end_of_backward()
+            self._settle()
+
+        return let_go
+
+    def hold_all(self) -> None:
+        """``hold`` all, until ``let_all_go``."""
+        self._whole.append(self.hold(range(len(self._parameters))))
 
     def let_all_go(self) -> None:
         """The end of what ``hold_all`` has begun."""
-        self._pop(self._whole.pop())
-        self.end_of_backward()
-        self._settle()
+        self._whole.pop()()
 
     def recall(self, place: Place) -> torch.Tensor:
         """Backward has come to what was saved: gather it."""

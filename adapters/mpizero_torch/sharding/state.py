@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,10 +40,10 @@ class Sharding:
     """How a model's state is spread; see ``mz.zero``."""
 
     stage: int
-    partition: str
     how: str  # of ParameterMemory
     segment_bytes: int
     precision: torch.dtype | None = None
+    in_float32: Collection[int] = ()  # the ids of parameters that keep their dtype
     accumulate_in_float32: bool = False
     offload: str | None = None
 
@@ -71,7 +71,8 @@ class OwnSpace:
 class ShardedState:
     """The parameters ``named``, moved to sharded memory, and the memory of their gradients.
 
-    ``groups``: for each of the optimizer's groups the numbers of its parameters. ``prepare`` is
+    ``groups``: for each of the optimizers' groups the numbers of its parameters, and
+    ``partitions``: how they are cut. ``prepare`` is
     called with each parameter before its values are read. Collective.
     """
 
@@ -79,6 +80,7 @@ class ShardedState:
         self,
         named: Sequence[tuple[str, nn.Parameter]],
         groups: Sequence[Sequence[int]],
+        partitions: Sequence[str],
         group: ShardGroup,
         sharding: Sharding,
         units: Sequence[Unit],
@@ -99,12 +101,19 @@ class ShardedState:
         self.spaces: list[OwnSpace] = []
         self.space_of: dict[int, OwnSpace] = {}
         self._precision = sharding.precision
+        self._partitions = {FROZEN: FLAT, **dict(enumerate(partitions))}
         for number, members in enumerate(groups):
             self.add(number, members)
         self.add(FROZEN, [i for i in range(len(self.named)) if i not in self.space_of])
 
+    def add_group(self, members: Iterable[int], partition: str) -> tuple[int, list[OwnSpace]]:
+        """Make a further group of an optimizer's; returns its number, too. Collective."""
+        number = max(self._partitions) + 1
+        self._partitions[number] = partition
+        return number, self.add(number, members)
+
     def add(self, group: int, members: Iterable[int]) -> list[OwnSpace]:
-        """Move the parameters ``members`` of an optimizer's group to sharded memory. Collective.
+        """Move the parameters ``members`` of a group to sharded memory. Collective.
 
         Those that can have no gradient (integers, as quantised models have them) are left out:
         whatever group they are in, they are kept like those that are in none.
@@ -137,6 +146,7 @@ class ShardedState:
             [self.gradient_dtype(own.space) for own in trained],
             self._allocate,
             whole=self.sharding.stage == 1,
+            on_the_way=[self._dtype_on_the_way(own.space) for own in trained],
             stream=lambda: tensors.current_stream(self.device),
             fill=fill,
             left=left,
@@ -153,7 +163,7 @@ class ShardedState:
         for at, own in enumerate(self.trained):
             if only is not None and own not in only:
                 continue
-            if self.sharding.partition == FLAT:
+            if self._partitions[own.group] == FLAT:
                 values, gradients = memory.updated(own.number), sharder.shard(at)
                 runs += slice_runs(own.space, at, own.group, part, values, gradients)
             else:
@@ -165,13 +175,15 @@ class ShardedState:
                     partial(memory.updated_parameter, own.number),
                     partial(sharder.shard_of_parameter, at),
                 )
+        for run in runs:
+            run.is_all = self.group.parts == 1
         return runs
 
     def rebase(self, runs: Sequence[Run], sharder: GradientSharder) -> None:
         """Let the runs' gradients, with what they hold, lie in another sharder's memory."""
         for run in runs:
             number, at, start = run.home
-            if self.sharding.partition == FLAT:
+            if run.is_cut:
                 memory = sharder.shard(number)[at][start : start + run.gradient.numel()]
             else:
                 memory = sharder.shard_of_parameter(number, at)
@@ -257,7 +269,7 @@ class ShardedState:
     def _add_space(self, group: int, members: list[int]) -> OwnSpace:
         parts, segment_bytes = self.group.parts, self.sharding.segment_bytes
         specs = self.specs()
-        if self.sharding.partition == FLAT or group == FROZEN:
+        if self._partitions[group] == FLAT:
             space = cut_flat(specs, members, parts, segment_bytes)
         else:
             owners = balanced_owners(specs, parts)
@@ -294,10 +306,38 @@ class ShardedState:
         if parameter.grad is not None:
             parameter.grad = None
 
+    @torch.no_grad()
+    def adopt(self, indices: Collection[int]) -> None:
+        """Store what lies in these parameters, the same on all ranks; then ``settle``.
+
+        Where a 16-bit number is what it was, its float32 copy keeps all its digits.
+        """
+        copies = [
+            (self.form(index)[1], tensors.as_tensor(array))
+            for index, _, array in self.pieces()
+            if index in indices and self.trained_dtype(index) != self.form(index)[1]
+        ]
+        before = [copy.clone() for _, copy in copies]
+        for index in indices:
+            self.store(index, self.named[index][1])
+        for (dtype, copy), old in zip(copies, before, strict=True):
+            copy.copy_(torch.where(old.to(dtype) == copy.to(dtype), old, copy))
+
+    def form(self, index: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype of what this rank has of a parameter."""
+        space = self.space_of[index].space
+        return space.shape(index), tensors.torch_dtype(space.layout.dtype)
+
+    def place_again(self, index: int) -> None:
+        """Let a parameter lie in the memory for it, whose values it has (not a sharded one)."""
+        memory = self.memory.view(self.space_of[index].number, index)
+        slices.move(self.named[index][1], tensors.as_tensor(memory))
+
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         """The parameter's in training: what ``precision`` says, for floating point numbers."""
-        if self.sharding.precision is not None and parameter.is_floating_point():
-            return self.sharding.precision
+        precision = self.sharding.precision
+        if precision is not None and parameter.is_floating_point():
+            return parameter.dtype if id(parameter) in self.sharding.in_float32 else precision
         return parameter.dtype
 
     def _master_dtype(self, space: Space) -> Any:
@@ -312,9 +352,20 @@ class ShardedState:
         return self.sharding.offload is not None and self.device.type == "cuda"
 
     def gradient_dtype(self, space: Space) -> Any:
-        """In which the shards of a space's gradients are kept."""
-        if self.sharding.accumulate_in_float32 and space.layout.dtype.itemsize == 2:
+        """In which the shards of a space's gradients are kept.
+
+        float16 has no room for those that a loss scale was needed for, once it is divided out.
+        """
+        sharding = self.sharding
+        wide = sharding.accumulate_in_float32 or sharding.precision == torch.float16
+        if wide and space.layout.dtype.itemsize == 2:
             return np.dtype(np.float32)
+        return space.layout.dtype
+
+    def _dtype_on_the_way(self, space: Space) -> Any:
+        """In which a space's gradients travel."""
+        if self.sharding.accumulate_in_float32:
+            return self.gradient_dtype(space)
         return space.layout.dtype
 
     def _allocate(self, count: int, dtype: Any) -> Any:

@@ -14,32 +14,28 @@ from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, ta
 from mpizero_torch import names, slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
+from mpizero_torch.sharding.boundary import Boundary
 from mpizero_torch.sharding.element_wise import choose_partition
-from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
+from mpizero_torch.sharding.precision import Layers, MixedPrecision, as_policy, loss_scale
 from mpizero_torch.sharding.state import Sharding
 from mpizero_torch.torch_surface import check_module
 from mpizero_torch.wrapper import DistributedModule
 
 SEGMENT_MB = SEGMENT_BYTES / 2**20
 
-_PRECISIONS = {
-    None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
-    torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: None,
-}  # fmt: skip
-
 
 def zero(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     stage: int = 2,
     *,
     world: World | None = None,
-    partition: str = "auto",
+    partition: str | Sequence[str] = "auto",
     share_parameters: bool | None = None,
-    precision: str | torch.dtype | None = None,
+    precision: str | torch.dtype | MixedPrecision | None = None,
     accumulate_in_float32: bool = False,
     shard_group: str | int = "world",
     offload: str | None = None,
@@ -59,19 +55,22 @@ def zero(
     ----------
     model : any module, its parameters on one device, this rank's.
     optimizer : any built optimizer of the model's parameters, with or without state. Parameters in
-        none of its groups are not trained.
+        none of its groups are not trained. Or a list of several, each of other parameters (Muon
+        for matrices and AdamW for the rest): a list of as many comes back.
     stage : what each of n ranks keeps only an n-th of: 1 the optimizer's state, 2 the gradients
         too, 3 the parameters too. 0: nothing (``DistributedDataParallel``).
     world : the ranks; ``mz.init()``'s by default, ``mesh.replicas`` of a mesh.
     partition : "flat" cuts wherever it falls, for optimizers that treat every element on its own;
         "parameter" gives each rank whole parameters, for those that look at one parameter at a
-        time. "auto" knows torch's optimizers; for others say which.
+        time. "auto" knows torch's optimizers; for others say which. For several, a list, or one
+        for all.
     share_parameters : have the ranks of a node keep one copy of the parameters between them, in
         node-shared memory. By default on CPUs, for all stages. Then only the optimizer may write
         to them; ``mz.gathered(model, modify=True)`` is for everything else.
     precision : "bf16" or "fp16": parameters and gradients in 16 bits, float32 copies of them and
         the optimizer's state sharded. The module's inputs are converted, its outputs made float32;
-        "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks.
+        "fp16" scales the gradients by itself and leaves out steps that overflow, on all ranks
+        (``optimizer.step_was_skipped``). ``mz.MixedPrecision`` has the choices there are.
     accumulate_in_float32 : with 16-bit parameters, add gradients up in float32.
     shard_group : "world"; "node" or a number k to keep a whole state in each node, or in every k
         ranks (counted node by node), and copies of it in the others (hierarchical sharding).
@@ -91,32 +90,39 @@ def zero(
             raise ArgumentError("zero()", "stage", repr(stage), "1, 2, 3, or 0 for replicas")
         if isinstance(names.uncompiled(model), DistributedModule):
             raise ArgumentError("zero()", "model", "one that is distributed already", "a plain one")
-        if precision not in _PRECISIONS:
-            raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
+        policy = as_policy(precision)
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
         _check_whole(whole, model)
         if stage == 0:
-            _refuse_for_replicas(precision, offload, shard_group)
+            _refuse_for_replicas(policy, offload, shard_group)
             return DistributedDataParallel(
                 model, world=world, forward_sync_buffers=None if broadcast_buffers else False
-            ), optimizer
+            ), list(optimizer) if isinstance(optimizer, tuple) else optimizer
         named = list(names.named_parameters(model))
         _check_dtypes(named)
         check_module([*named, *names.named_buffers(model)], "zero()")
-        groups = _group_numbers(optimizer, named)
+        optimizers = _listed(optimizer)
+        groups = [_group_numbers(each, named) for each in optimizers]
+        _check_apart(groups, named)
         slices.check("zero()", named, world)
         are_cut = any(not slices.box(parameter).is_whole for _, parameter in named)
-        partition = choose_partition(optimizer, partition, are_cut)
-        _agree(world, named, list(names.named_buffers(model)), groups, partition, stage)
+        parts = 1 if shard_group == 1 else world.size
+        partitions = [
+            choose_partition(each, wish, parts, are_cut)
+            for each, wish in zip(optimizers, _wishes(partition, len(optimizers)), strict=True)
+        ]
+        layers = None if policy is None else Layers(model, policy)
+        how = f"stage {stage}, partition {partitions}, precision {policy}"
+        _agree(world, named, list(names.named_buffers(model)), groups, how)
         lane = take_lane(world)
         group = ShardGroup(lane.world, shard_group)
         sharding = Sharding(
             stage,
-            partition,
             _where(group, stage, share_parameters),
             max(64, int(segment_mb * 2**20)),
-            _PRECISIONS[precision],
+            None if policy is None else policy.torch_dtype,
+            frozenset() if layers is None else layers.kept,
             accumulate_in_float32,
             offload,
         )
@@ -129,25 +135,31 @@ def zero(
                     "Its parameters would be gathered anew for each micro-batch, both ways, and "
                     "torch's schedules differentiate a stage in ways that do not tell when.",
                 )  # fmt: skip
-        before = optimizer.state_dict() if optimizer.state else None
-        sharded = ShardedOptimizer(optimizer)
+        before = [each.state_dict() if each.state else None for each in optimizers]
+        scale = loss_scale(policy)
+        boundary = None if policy is None else Boundary(model, policy, scale)
+        sharded = [ShardedOptimizer(each) for each in optimizers]
         module = ShardedModule(
             model,
             sharded,
             groups,
+            partitions,
             world,
             lane,
             group,
             sharding,
             broadcast_buffers=broadcast_buffers,
-            loss_scale=LossScale() if sharding.precision == torch.float16 else None,
+            layers=layers,
+            boundary=boundary,
+            loss_scale=scale,
             aside=StateOnDisk(offload_dir) if offload == "disk" else None,
             initialise=initialise,
             whole=whole,
         )
-        if before is not None:
-            sharded.load_state_dict(before)
-        return module, sharded
+        for each, state in zip(sharded, before, strict=True):
+            if state is not None:
+                each.load_state_dict(state)
+        return module, sharded[0] if isinstance(optimizer, torch.optim.Optimizer) else sharded
 
 
 def _check_whole(whole: Any, model: nn.Module) -> None:
@@ -175,6 +187,39 @@ def _check_dtypes(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             ) from None  # fmt: skip
 
 
+def _listed(optimizer: Any) -> list[Any]:
+    several = isinstance(optimizer, (list, tuple))
+    if several and not optimizer:
+        raise ArgumentError("zero()", "optimizer", "an empty list", "one optimizer or several")
+    return list(optimizer) if several else [optimizer]
+
+
+def _wishes(partition: str | Sequence[str], count: int) -> list[str]:
+    """How the parameters of each optimizer are to be cut."""
+    if isinstance(partition, str):
+        return [partition] * count
+    if len(partition) != count:
+        raise ArgumentError(
+            "zero()", "partition", f"a list of {len(partition)}",
+            f"one for each of the {count} optimizers, or one for all",
+        )  # fmt: skip
+    return list(partition)
+
+
+def _check_apart(
+    groups: Sequence[Sequence[Sequence[int]]], named: Sequence[tuple[str, nn.Parameter]]
+) -> None:
+    """A parameter that two optimizers update would be in two places."""
+    seen: dict[int, int] = {}
+    for at, theirs in enumerate(groups):
+        for index in (index for members in theirs for index in members):
+            if seen.setdefault(index, at) != at:
+                raise ArgumentError(
+                    "zero()", "optimizer", f"several with '{named[index][0]}' in common",
+                    "optimizers of different parameters",
+                )  # fmt: skip
+
+
 def _group_numbers(optimizer: Any, named: Sequence[tuple[str, nn.Parameter]]) -> list[list[int]]:
     """The numbers of each group's parameters. Raises ArgumentError for other things."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -200,9 +245,8 @@ def _agree(
     world: World,
     named: Sequence[tuple[str, torch.Tensor]],
     buffers: Sequence[tuple[str, torch.Tensor]],
-    groups: Sequence[Sequence[int]],
-    partition: str,
-    stage: int,
+    groups: Sequence[Sequence[Sequence[int]]],
+    how: str,
 ) -> None:
     """All ranks must be about to shard the same."""
     world.agree(
@@ -210,7 +254,7 @@ def _agree(
         "parameters and buffers",
     )
     world.agree(
-        [f"stage {stage}, partition {partition}", *map(str, groups)],
+        [how, *map(str, groups)],
         "the stage and the parameters of the optimizer's groups",
     )
 
@@ -243,7 +287,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _refuse_for_replicas(*given: Any) -> None:
     precision, offload, shard_group = given
     for name, value, plain in (
-        ("precision", precision, (None, "fp32", torch.float32)),
+        ("precision", precision, (None,)),
         ("offload", offload, (None,)),
         ("shard_group", shard_group, ("world",)),
     ):

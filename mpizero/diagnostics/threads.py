@@ -1,0 +1,57 @@
+"""Which threads of this process run the program's code, and may do what other ranks wait for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+_OURS = (str(Path(__file__).resolve().parents[1]) + os.sep, f"{os.sep}mpizero_torch{os.sep}")
+_PACKAGES = f"{os.sep}site-packages{os.sep}"
+_STANDARD = (sysconfig.get_path("stdlib") + os.sep, "<frozen ")
+
+_serving: set[int] = set()
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """What the calling thread does meanwhile serves the program: it begins nothing by itself.
+
+    It carries out what other threads have begun. Where that leads it into code of the program's
+    (what somebody has hung onto a result, say), it is a thread like others.
+    """
+    ident = threading.get_ident()
+    _serving.add(ident)
+    try:
+        yield
+    finally:
+        _serving.discard(ident)
+
+
+def of_program() -> list[int]:
+    """The threads that run the program's code, the main thread first."""
+    main = threading.main_thread().ident or 0
+    return [
+        main,
+        *(
+            ident
+            for ident, frame in sys._current_frames().items()
+            if ident != main and not (ident in _serving and _serves(frame))
+        ),
+    ]
+
+
+def _serves(frame: FrameType | None) -> bool:
+    """Is it in no code but ours and the standard library's?"""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_ours = any(part in file for part in _OURS)
+        if not is_ours and (_PACKAGES in file or not file.startswith(_STANDARD)):
+            return False
+        frame = frame.f_back
+    return True
