@@ -605,3 +605,45 @@ class Experts(Base):
 @pytest.mark.parametrize("way", WAYS)
 def test_modules_that_some_ranks_call(way: dict[str, Any]) -> None:
     assert_learns_the_same(Experts, mse, way)
+
+
+class MoE(nn.Module):
+    """Experts for each sample: some ranks call none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> Any:
+        out = torch.zeros_like(hidden, requires_grad=False)
+        for at, expert in enumerate(self.experts):
+            if (chosen == at).any():
+                out = out.index_add(0, (chosen == at).nonzero()[:, 0], expert(hidden[chosen == at]))
+        return out
+
+
+class Routed(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([MoE() for _ in range(2)])
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            chosen = (hidden[:, 0].abs() * 100).long() % 6  # of which two are nobody
+            hidden = hidden + layer(hidden, chosen)
+        return hidden
+
+
+@pytest.mark.parallel([2, 4])
+def test_experts_over_several_nodes() -> None:
+    names = "AB" if mz.init().size == 2 else "ABCA"
+    with placed(Placement(names, tuple(range(len(names))))) as world:
+        model = assert_learns_the_same(Routed, mse, {**PRIVATE, "whole": [MoE]}, world)
+        assert model.gathered_bytes == 0
+
+
+@ranks
+def test_what_is_whole_is_of_the_model() -> None:
+    for wrong in ([nn.Conv2d], [nn.Linear(2, 2)], MoE, ["experts"]):
+        with pytest.raises(mz.ArgumentError, match="whole"):
+            private(whole=wrong)

@@ -34,6 +34,9 @@ class ShardGroup:
         self.world = world
         self._splits = False
         self.outer: World | None = None
+        # Are sums made in the same order everywhere? Not, perhaps, where parameters are gathered
+        # in between, by modules that ranks call differently: then they are compared.
+        self.is_sure = True
         even = world.even_nodes
         if shard_group == "world" and (world.node_count == 1 or not even):
             self.inner = world
@@ -74,6 +77,11 @@ class ShardGroup:
         self.one_memory = all(sharing)
 
     @property
+    def gatherers(self) -> World:
+        """The ranks that gather a space together, where that takes messages."""
+        return self.world if self._splits else self.inner
+
+    @property
     def is_holder(self) -> bool:
         """Does this rank speak for its part (others may hold copies of it)?"""
         return self.holders[self.part] == self.world.rank
@@ -111,17 +119,19 @@ class ShardGroup:
                 outer.submit(
                     what,
                     lambda run, parts: run.combine_block(total, within, SUM, parts, use),
+                    sure=self.is_sure,
                     nbytes=total.nbytes,
                 ).wait()
             else:
                 outer.submit(
                     what,
                     lambda run, parts: run.all_reduce(total, SUM, parts=parts),
+                    sure=self.is_sure,
                     nbytes=total.nbytes,
                 ).wait()
                 use([total])
 
-        return self.inner.submit(what, work, (flat,), stream, prepare=prepare)
+        return self.inner.submit(what, work, (flat,), stream, sure=self.is_sure, prepare=prepare)
 
     def gather(
         self, what: str, flat: Any, segments: Sequence[tuple[slice, Sequence[slice]]]

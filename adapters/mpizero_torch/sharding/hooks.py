@@ -11,7 +11,7 @@ from torch import nn
 
 from mpizero.engine import Filling, GradientSharder, Merge
 from mpizero_torch import slices, tensors
-from mpizero_torch.hooks import BackwardHooks, Owner, check_dense, times
+from mpizero_torch.hooks import BackwardHooks, LocalPass, Owner, check_dense, times
 from mpizero_torch.replica_hooks import AfterAverage
 from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.schedule import UnitSchedule
@@ -60,6 +60,7 @@ class ShardHooks(BackwardHooks):
         self._schedule = schedule
         self._any_cut = any(slices.is_slice(p) for p in self._all)
         self._came: set[int] = set()
+        self._came_late = False  # in a pass that takes place at its end
         # Gradients on their way, and the segments that they have yet to be put into.
         self._leaving: dict[int, tuple[torch.Tensor, set[int]]] = {}
         super().__init__(owner, make_sharder(self._fill, self.left, self._has_gradient))
@@ -199,13 +200,21 @@ class ShardHooks(BackwardHooks):
             hooks = found()
             if hooks is None:
                 return
-            if hooks._schedule is not None:
-                hooks._schedule.gradient_came(index)
-            announce(parameter)
+            schedule = hooks._schedule
+            if schedule is not None:
+                schedule.gradient_came(index)
+            if schedule is None or hooks._pass is None or not schedule.reduces_at_the_end:
+                announce(parameter)
+            else:
+                hooks._came_late = True
             if not hooks._owner._synchronise:
                 hooks._hold_gradient(index)
 
         return accumulated
+
+    def _is_empty(self, under_way: LocalPass) -> bool:
+        came, self._came_late = self._came_late, False
+        return came or super()._is_empty(under_way)
 
     def _hold_gradient(self, index: int) -> None:
         """Add a gradient that stays here to those before it, in memory that is there for it."""

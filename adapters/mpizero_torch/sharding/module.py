@@ -60,6 +60,7 @@ class ShardedModule(DistributedModule):
         loss_scale: LossScale | None,
         aside: StateOnDisk | None,
         initialise: Initialise | None,
+        whole: Sequence[Any] = (),
     ) -> None:
         super().__init__(module, world)
         self._lane = lane
@@ -75,7 +76,7 @@ class ShardedModule(DistributedModule):
         self._optimizers, self._partitions = list(optimizers), list(partitions)
         self._sharding = sharding
         self._loss_scale, self._aside = loss_scale, aside
-        self._units, unit_of = self._find_units()
+        self._units, unit_of = self._find_units(whole)
         every = [members for each in groups for members in each]
         cuts = [cut for each, cut in zip(groups, partitions, strict=True) for _ in each]
         self._state = ShardedState(
@@ -86,7 +87,10 @@ class ShardedModule(DistributedModule):
         if self._units:
             parameters = [parameter for _, parameter in self._named]
             memory = self._state.memory
-            self._schedule = UnitSchedule(module, self._units, parameters, memory, group.world)
+            self._schedule = UnitSchedule(
+                module, self._units, parameters, memory, group.gatherers, bool(whole)
+            )
+            group.is_sure = group.one_memory  # the same on all ranks
         self.gradients = MeanGradients(
             self._named,
             self._optimizers,
@@ -408,11 +412,11 @@ class ShardedModule(DistributedModule):
                 announcing,
             )
 
-    def _find_units(self) -> tuple[list[Unit], list[int]]:
+    def _find_units(self, whole: Sequence[Any]) -> tuple[list[Unit], list[int]]:
         """What is gathered together, where parameters are sharded; and each parameter's unit."""
         if self._sharding.how != SHARDED:
             return [], [0] * len(self._named)
-        found = find_units(self.module, self._sharding.segment_bytes)
+        found = find_units(self.module, self._sharding.segment_bytes, whole)
         units = [Unit(name, root) for name, root, _ in found]
         of = {id(p): at for at, (_, _, parameters) in enumerate(found) for p in parameters}
         return units, [of[id(parameter)] for _, parameter in self._named]

@@ -22,7 +22,7 @@ from mpizero_torch import engine_runs, slices
 from mpizero_torch.sharding.covered import register
 from mpizero_torch.sharding.saved import Place, SavedTensors
 from mpizero_torch.sharding.units import Unit, Where
-from mpizero_torch.sharding.watched import WatchedParameters, watch_calls
+from mpizero_torch.sharding.watched import WatchedParameters, watch_calls, when_backward_comes
 
 _AT_ONCE = 2  # units that backward holds
 
@@ -38,9 +38,10 @@ class _Frame:
 class UnitSchedule:
     """Gathers and releases units as the module runs.
 
-    ``memory`` is the engine's ParameterMemory, of the ranks of ``world``; ``units`` in the order in
-    which forward, most likely, comes to them: while one is computed the next is gathered, where
-    that takes messages.
+    ``memory`` is the engine's ParameterMemory, which the ranks of ``world`` gather together;
+    ``units`` in the order in which forward, most likely, comes to them: while one is computed the
+    next is gathered, where that takes messages. ``whole``: there are modules of which each rank may
+    call other parts.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class UnitSchedule:
         parameters: Sequence[nn.Parameter],
         memory: ParameterMemory,
         world: World,
+        whole: bool = False,
     ) -> None:
         self._units, self.memory, self._world = list(units), memory, world
         self._parameters = list(parameters)
+        self._any_whole = whole
         self._unit_of = {
             id(self._parameters[index]): unit for unit in units for index in unit.members
         }
@@ -71,9 +74,19 @@ class UnitSchedule:
         self._handles: list[Any] = []  # of hooks on modules: as many as there are, for good
         for part in module.modules():
             own = [self._unit_of[id(p)] for p in part.parameters(recurse=False)]
+            own += [unit for unit in units if unit.root is part]
             self._handles += watch_calls(part, self, list(dict.fromkeys(own)))
             part._parameters = WatchedParameters(part._parameters, self)
         register(self._parameters, self.lend)
+
+    @property
+    def reduces_at_the_end(self) -> bool:
+        """Must gradients wait for the end of backward?
+
+        Where all ranks gather together, and each may get gradients of other parameters, they would
+        not come to sums and gathers in the same order otherwise.
+        """
+        return self._any_whole and self.memory.sends_to_gather
 
     def taken(self, parameter: Any) -> None:
         """Somebody takes a parameter from a module: in a forward, it is needed."""
@@ -88,11 +101,16 @@ class UnitSchedule:
         for unit in own:
             self._need(unit)
 
-    def end(self, module: nn.Module) -> None:
-        """Its forward is over, or has failed."""
+    def end(self, module: nn.Module, output: Any) -> Any:
+        """Its forward is over, or has failed; returns what to give back instead of ``output``."""
         frame = next((each for each in reversed(self._stack) if each.module is module), None)
-        if frame is not None:
-            self._pop(frame)
+        if frame is None:
+            return None
+        self._pop(frame)
+        units = [unit for unit in frame.held if unit.has_parts]
+        if units and self.memory.sends_to_gather and torch.is_grad_enabled():
+            return when_backward_comes(output, lambda: self._come_to(units))
+        return None
 
     @contextmanager
     def lend(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -159,7 +177,8 @@ class UnitSchedule:
 
     def gradient_came(self, index: int) -> None:
         """In backward: the gradient of a parameter has been computed."""
-        if self._backward:
+        # Where all ranks gather together, they hold the same: even if they get other gradients.
+        if self._backward and not self.memory.sends_to_gather:
             unit = self._unit_of[id(self._parameters[index])]
             coming = self._backward.get(unit)
             if coming is not None:
@@ -231,6 +250,11 @@ class UnitSchedule:
             del self._backward[oldest]
             self._done([oldest])
         self._backward[unit] = set(unit.members)
+
+    def _come_to(self, units: Sequence[Unit]) -> None:
+        """In backward all ranks come to a module, of which each may have called other parts."""
+        for unit in units:
+            self._hold_in_backward(unit)
 
     def _push(self, frame: _Frame) -> None:
         if not self._stack:

@@ -7,6 +7,7 @@ keep their shapes and their storage object; what comes and goes is the memory be
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, increment_version
 
-from mpizero import MpizeroError
+from mpizero import MismatchError, MpizeroError
 from mpizero.engine import ParameterMemory
 from mpizero.progress import Handle
 from mpizero_torch import slices
@@ -22,6 +23,14 @@ from mpizero_torch.sharding.covered import covered
 from mpizero_torch.sharding.whole_space import WholeSpace, hooks_are_allowed
 
 __all__ = ["Unit", "Where", "WholeSpace", "find_units"]
+
+
+_ALONE = (
+    "Over several nodes all ranks gather the parameters of a module together, so all must come to "
+    "the same ones. For a module of which each rank calls other parts (experts, in a class MoE), "
+    "pass whole=[MoE] to mz.zero(): it is then gathered in one piece whenever it is called. Or "
+    "shard at stage 2, or with shard_group='node' where a node has room for all parameters."
+)
 
 
 class Where(Enum):
@@ -54,6 +63,7 @@ class Unit:
         self.parameters: list[tuple[nn.Parameter, Any]] = []  # and their classes
         self.state = Where.SHARDED
         self.uses = self.shown = 0
+        self.has_parts = any(True for _ in root.children())  # not all of which may be called
         # Has autograd saved of it unseen? Then only the parameters' own count of holders tells.
         self.is_exposed = False
         self._pending: list[Handle] = []
@@ -145,13 +155,15 @@ class Unit:
     def _fill(self, memory: ParameterMemory) -> None:
         what = f"gathering the parameters of '{self.name or 'the module'}'"
         self._filled = memory.changes
-        handles = [memory.gather(number, whole.make(), what) for number, whole in self.spaces]
+        with _explained():
+            handles = [memory.gather(number, whole.make(), what) for number, whole in self.spaces]
         self._pending = [handle for handle in handles if handle is not None]
 
     def _arrive(self) -> None:
         pending, self._pending = self._pending, []
-        for handle in pending:
-            handle.wait()
+        with _explained():
+            for handle in pending:
+                handle.wait()
 
     def _is_held(self) -> bool:
         if any(whole.is_held for _, whole in self.spaces):
@@ -190,29 +202,41 @@ class Unit:
 
 
 def find_units(
-    module: nn.Module, unit_bytes: int
+    module: nn.Module, unit_bytes: int, whole: Sequence[Any] = ()
 ) -> list[tuple[str, nn.Module, list[nn.Parameter]]]:
     """Cut a module into units: (name, module, parameters), each parameter in one unit.
 
     A module whose parameters take no more than ``unit_bytes`` is one; of a larger one, the
-    parameters of its own are one, and its children are looked at in turn.
+    parameters of its own are one, and its children are looked at in turn. Those in ``whole``, or of
+    the classes in there, are one however large.
     """
+    kinds = tuple(each for each in whole if isinstance(each, type))
     seen: set[int] = set()
 
     def cut(name: str, part: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Parameter]]]:
         every = [p for p in part.parameters() if id(p) not in seen]
         nbytes = sum(p.numel() * p.element_size() for p in every)
         children = list(part.named_children())
-        whole = nbytes <= unit_bytes or not children
-        own = every if whole else [p for p in part.parameters(recurse=False) if id(p) not in seen]
+        asked = isinstance(part, kinds) or any(part is each for each in whole)
+        is_one = asked or nbytes <= unit_bytes or not children
+        own = every if is_one else [p for p in part.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if own:
             yield name, part, own
-        if not whole:
+        if not is_one:
             for child_name, child in children:
                 yield from cut(f"{name}.{child_name}" if name else child_name, child)
 
     return list(cut("", module))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Add to what is said of ranks that do not gather the same."""
+    try:
+        yield
+    except MismatchError as error:
+        raise MismatchError(f"{error}\n{_ALONE}") from error
 
 
 def _is_kept(parameter: nn.Parameter) -> bool:

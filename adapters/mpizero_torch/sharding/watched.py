@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from mpizero import ArgumentError
 from mpizero_torch import compiling
 from mpizero_torch.compiling import as_it_is
+from mpizero_torch.outputs import tensors_in
+from mpizero_torch.tensors import can_have_gradient
 
 if TYPE_CHECKING:
     from mpizero_torch.sharding.schedule import UnitSchedule
@@ -86,5 +90,27 @@ class _Begin(_Hook):
 
 class _End(_Hook):
     @as_it_is
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._schedule.end(module)
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._schedule.end(module, output)
+
+
+def when_backward_comes(output: Any, come: Callable[[], None]) -> Any:
+    """Call ``come`` when a gradient comes to a module's output; returns it, or one instead.
+
+    What needs no gradient here, as nothing was called that is trained, may need one on other ranks:
+    it becomes something that does.
+    """
+
+    def watched(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not can_have_gradient(value):
+            return value
+        if not value.requires_grad:
+            value = value + torch.zeros_like(value, requires_grad=True)
+        value.register_hook(lambda _: come())
+        return value
+
+    replaced = tree_map(watched, output)
+    for each in tensors_in(replaced):  # in objects that torch cannot rebuild
+        if each.requires_grad and not each.is_leaf and not each._backward_hooks:
+            each.register_hook(lambda _: come())
+    return replaced

@@ -42,6 +42,7 @@ def zero(
     offload_dir: str | Path | None = None,
     initialise: Callable[[nn.Module], None] | None = None,
     segment_mb: float = SEGMENT_MB,
+    whole: Sequence[type[nn.Module] | nn.Module] = (),
     broadcast_buffers: bool = True,
 ) -> tuple[Any, Any]:
     """Shard the training of ``model`` with ``optimizer`` over the ranks (arXiv 1910.02054).
@@ -77,6 +78,8 @@ def zero(
     offload_dir : for "disk", the folder of its files.
     initialise : for models made in ``mz.deferred()``: called with each module of parameters.
     segment_mb : gradients are reduced, and parameters gathered, in pieces of this many MiB.
+    whole : modules, or classes of them, whose parameters are gathered in one piece, however large
+        (stage 3): over several nodes those of which each rank calls other parts, as with experts.
     broadcast_buffers : keep buffers (BatchNorm's statistics) as rank 0's.
 
     Raises ArgumentError and MismatchError for what cannot be right, before anything is changed.
@@ -90,6 +93,7 @@ def zero(
         policy = as_policy(precision)
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
+        _check_whole(whole, model)
         if stage == 0:
             _refuse_for_replicas(policy, offload, shard_group)
             return DistributedDataParallel(
@@ -150,11 +154,26 @@ def zero(
             loss_scale=scale,
             aside=StateOnDisk(offload_dir) if offload == "disk" else None,
             initialise=initialise,
+            whole=whole,
         )
         for each, state in zip(sharded, before, strict=True):
             if state is not None:
                 each.load_state_dict(state)
         return module, sharded[0] if isinstance(optimizer, torch.optim.Optimizer) else sharded
+
+
+def _check_whole(whole: Any, model: nn.Module) -> None:
+    given = whole if isinstance(whole, (list, tuple, set)) else [whole]
+    parts = list(model.modules())
+    for each in given:
+        if isinstance(each, type) and any(isinstance(part, each) for part in parts):
+            continue
+        if not any(part is each for part in parts):
+            name = each.__name__ if isinstance(each, type) else f"a {type(each).__name__}"
+            raise ArgumentError(
+                "zero()", "whole", f"{name}, of which the model has none",
+                "a list of modules of the model, or of their classes",
+            )  # fmt: skip
 
 
 def _check_dtypes(named: Sequence[tuple[str, nn.Parameter]]) -> None:
