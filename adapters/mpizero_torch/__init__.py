@@ -23,6 +23,7 @@ from mpizero import (
     World,
 )
 from mpizero.elastic import elastic
+from mpizero_torch.building import deferred
 from mpizero_torch.checkpointing import CheckpointManager, load, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
@@ -33,7 +34,7 @@ from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.mesh import Mesh, mesh
 from mpizero_torch.metrics import mean, sum
 from mpizero_torch.runtime import init
-from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, deferred, gathered, zero
+from mpizero_torch.sharding import ShardedModule, ShardedOptimizer, gathered, zero
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 from mpizero_torch.timeline import trace
 from mpizero_torch.ulysses import SequenceParallelAttention, stretch

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec, take_lane
-from mpizero_torch import names, slices, tensors, torch_surface
+from mpizero_torch import building, names, slices, tensors, torch_surface
 from mpizero_torch.bucket_gradients import BucketGradients, layout
 from mpizero_torch.replica_hooks import ReplicaHooks, parameter_spec
 from mpizero_torch.replicate import Buffers, Structure, start_alike
@@ -79,6 +79,7 @@ class DistributedDataParallel(TorchMembers):
         overlap: bool = True,
     ) -> None:
         torch_surface.check_arguments(locals())
+        building.fill_all(module, NAME)
         ignored = frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [each for each in names.named_parameters(module) if each[0] not in ignored]
         buffers = [each for each in names.named_buffers(module) if each[0] not in ignored]

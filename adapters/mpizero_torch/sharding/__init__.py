@@ -7,10 +7,9 @@ fill with gradients; ``units`` gathers parameters for modules (stage 3).
 
 from __future__ import annotations
 
-from mpizero_torch.sharding.deferred import deferred
 from mpizero_torch.sharding.model_state import gathered
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
 from mpizero_torch.sharding.zero import zero
 
-__all__ = ["ShardedModule", "ShardedOptimizer", "deferred", "gathered", "zero"]
+__all__ = ["ShardedModule", "ShardedOptimizer", "gathered", "zero"]

@@ -14,6 +14,7 @@ from mpizero.engine import COMMON, SEGMENT_BYTES, SHARDED, WHOLE, ShardGroup, ta
 from mpizero_torch import names, slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
+from mpizero_torch.sharding.deferred import check_lazy
 from mpizero_torch.sharding.element_wise import choose_partition
 from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.module import ShardedModule
@@ -92,6 +93,7 @@ def zero(
             raise ArgumentError("zero()", "precision", repr(precision), "'fp32', 'bf16', 'fp16'")
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
+        check_lazy("zero()", model)
         if stage == 0:
             _refuse_for_replicas(precision, offload, shard_group)
             return DistributedDataParallel(
