@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError
-from mpizero_torch.building.tape import Form, Memory, Operation, leaves, replaced
+from mpizero_torch.building.tape import Form, Memory, Operation, blank, leaves, replaced
 
 if TYPE_CHECKING:
     from mpizero_torch.building.recording import Recorder
@@ -114,7 +114,7 @@ class Call:
         if torch.Tag.nondeterministic_seeded in self._tags:
             random, stand_ins, made = self._draw()
         else:
-            stand_ins, made = self._by_one_element() or self._on_meta(storages)
+            stand_ins, made = self._on_meta(storages)
         for each in self._written():
             form = stand_ins[id(each)]
             if form.shape != each.shape or form.stride() != each.stride():
@@ -143,38 +143,6 @@ class Call:
         found = replaced(made, torch.Tensor, result)
         self._write_down(makes, random)
         return found
-
-    def _by_one_element(self) -> tuple[dict[int, Any], Any] | None:
-        """The same as ``_on_meta``, for elementwise operations, by what one element gives.
-
-        (And for whether any or all are true. For some of these torch would import its compiler,
-        200 MB, to say what comes out.)
-        """
-        whole: tuple[int, ...] = max((tuple(x.shape) for x in self._given), key=len, default=())
-        of_all = str(self._function) in ("aten.any.default", "aten.all.default")
-        known = of_all or torch.Tag.pointwise in self._tags
-        if (
-            not self._given
-            or not known
-            or not all(
-                each.shape == whole and each.is_contiguous() for each in self._given if each.dim()
-            )
-        ):
-            return None
-        stand_ins = {
-            id(each): torch.ones((1,) * each.dim(), dtype=each.dtype, device="cpu")
-            for each in self._given
-        }
-        args, kwargs = self._replaced(lambda each: stand_ins[id(each)])
-        made = self._function(*args, **kwargs)
-        own = {id(each): each for each in self._given}
-        if not isinstance(made, torch.Tensor):
-            return None
-        for each in self._given:
-            if stand_ins[id(each)] is made:
-                return own, each
-        shape = () if of_all else whole
-        return own, torch.empty(shape, dtype=made.dtype, device="meta")
 
     def _on_meta(self, storages: dict[Memory, torch.UntypedStorage]) -> tuple[dict[int, Any], Any]:
         """What torch says would come out: the arguments by their id, and the result."""
@@ -217,8 +185,8 @@ class Call:
         state = generator.get_state()
         written = self._written()
         if len(self._given) == len(written) == 1 and self._name in _BY_COUNT:
-            form = written[0].shape, written[0].stride()
-            values = [torch.empty_strided(*form, dtype=written[0].dtype, device="cpu")]
+            form = self._forms[id(written[0])]
+            values = [] if form is None else [form.of(blank(form.memory.nbytes))]
         else:
             values = leaves(self._recorder.read((self._args, self._kwargs)), torch.Tensor)
         stand_ins = {id(each): own for each, own in zip(self._given, values, strict=True)}

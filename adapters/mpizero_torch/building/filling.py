@@ -16,14 +16,16 @@ def is_hollow(tensor: torch.Tensor) -> bool:
     return issubclass(type(tensor), Hollow)
 
 
-def fill(tensor: torch.Tensor, name: str, function: str = "zero()") -> None:
+def fill(tensor: torch.Tensor, name: str, function: str = "zero()", for_good: bool = False) -> None:
     """Give a tensor the values that it would have by now, in memory of its own.
+
+    ``for_good``: in torch's memory, not in some that is meant to be given back soon.
 
     Raises ArgumentError, with its ``name``, if somebody has yet to write them.
     """
     tape, form = vars(tensor)[SOURCE]
     try:
-        _set(tensor, tape.tensors([form])[0])
+        _set(tensor, tape.tensors([form])[0], for_good)
     except UndefinedError:
         raise _unwritten(function, name) from None
 
@@ -41,7 +43,7 @@ def fill_all(module: nn.Module, function: str) -> None:
     """Give all of a module its values."""
     for name, each in [*module.named_parameters(), *module.named_buffers()]:
         if is_hollow(each):
-            fill(each, name, function)
+            fill(each, name, function, for_good=True)
 
 
 def undefined(tensor: torch.Tensor) -> bool:
@@ -67,12 +69,12 @@ def mark(tensor: torch.Tensor) -> None:
     tensor.copy_(octets.view(tensor.dtype).view(tensor.shape))
 
 
-def _set(tensor: torch.Tensor, values: torch.Tensor) -> None:
+def _set(tensor: torch.Tensor, values: torch.Tensor, for_good: bool = False) -> None:
     """Let a tensor have values, and be what it was before."""
     del vars(tensor)[SOURCE]
     show(tensor)
     whole = values.untyped_storage().nbytes() == values.numel() * values.element_size()
-    tensor.data = values if whole else values.clone()
+    tensor.data = values.clone() if for_good or not whole else values
 
 
 def _unwritten(function: str, name: str) -> ArgumentError:

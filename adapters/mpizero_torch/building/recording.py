@@ -113,7 +113,7 @@ class Recorder:
         for memory in memories:
             whole = Form(memory, (memory.nbytes,), (1,), 0, torch.uint8)
             try:
-                storage = self.tape.tensors([whole])[0].untyped_storage()
+                storage = self.tape.tensors([whole])[0].clone().untyped_storage()
             except UndefinedError:
                 storage = self.tape.filled(whole, FILLER).untyped_storage()
             for tensor, form in found:
@@ -150,7 +150,7 @@ class Recorder:
     def _final(self, memory: Memory) -> torch.UntypedStorage | None:
         try:
             whole = Form(memory, (memory.nbytes,), (1,), 0, torch.uint8)
-            return self.tape.tensors([whole])[0].untyped_storage()
+            return self.tape.tensors([whole])[0].clone().untyped_storage()
         except UndefinedError:
             return None  # it stays without, and says so
 

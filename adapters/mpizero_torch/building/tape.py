@@ -8,6 +8,7 @@ in the order in which they were noted: the values are those of ordinary building
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,7 +257,7 @@ def carry_out(
 
     def tensor(form: Form) -> torch.Tensor:
         if form.memory not in held:
-            held[form.memory] = _blank(form.memory.nbytes, filler)
+            held[form.memory] = blank(form.memory.nbytes, filler)
         return form.of(held[form.memory])
 
     try:
@@ -269,7 +270,7 @@ def carry_out(
                 if operation.leaves_undefined:
                     form = operation.makes[0]
                     if form is not None:
-                        held[form.memory] = _blank(form.memory.nbytes, filler)
+                        held[form.memory] = blank(form.memory.nbytes, filler)
                 else:
                     args, kwargs = replaced((operation.args, operation.kwargs), Form, tensor)
                     made = operation.function(*args, **kwargs)
@@ -279,7 +280,7 @@ def carry_out(
                         held.pop(memory, None)
             for memory in wanted:
                 if memory not in held:
-                    held[memory] = _blank(memory.nbytes, filler)
+                    held[memory] = blank(memory.nbytes, filler)
     finally:
         for generator, state in generators.items():
             generator.set_state(state)
@@ -296,15 +297,23 @@ def _keep(
         storage = found.untyped_storage()
         fits = storage.nbytes() >= form.memory.nbytes and found.stride() == form.stride
         if not fits or found.storage_offset() != form.offset or found.is_conj() or found.is_neg():
-            storage = _blank(form.memory.nbytes, None)
+            storage = blank(form.memory.nbytes, None)
             form.of(storage).copy_(found)
         held[form.memory] = storage
 
 
-def _blank(nbytes: int, filler: int | None) -> torch.UntypedStorage:
-    if filler is None:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
-    return torch.full((nbytes,), filler, dtype=torch.uint8, device="cpu").untyped_storage()
+def blank(nbytes: int, filler: int | None = None) -> torch.UntypedStorage:
+    """Memory, which goes back to the system when nobody needs it any more.
+
+    (What is between malloc's small blocks it does not: of a model's parameters, all would stay.)
+    """
+    if nbytes < 1 << 16:
+        octets = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    else:
+        octets = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    if filler is not None:
+        octets.fill_(filler)
+    return octets.untyped_storage()
 
 
 def replaced(given: Any, kind: type, by: Callable[[Any], Any]) -> Any:
