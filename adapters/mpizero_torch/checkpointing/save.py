@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,12 +30,14 @@ from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import own as owns
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.checkpointing.axes import Axes, merged
+from mpizero_torch.checkpointing.renamed import Rename, Renamed
 from mpizero_torch.names import uncompiled
 from mpizero_torch.runtime import init
-from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
 EXTRA = "extra"
+
+_log = logging.getLogger("mpizero")
 
 
 def save(
@@ -167,6 +170,7 @@ def load(
     scheduler: Any = None,
     loader: Any = None,
     strict: bool = True,
+    rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -174,8 +178,12 @@ def load(
 
     On any number of ranks, at any stage, in one process too: each rank reads what it keeps. Names
     may be left out, but what is given must have been saved. ``random``: restore the random number
-    generators (a rank more than there were gets its own). ``strict``: the model must have exactly
-    the names that were saved.
+    generators (a rank more than there were gets its own).
+
+    ``strict``: model and optimizer must have exactly the names, groups and class that were saved.
+    Else what both have is loaded, and a warning lists the names that only one has.
+    ``rename``: makes of a name in the checkpoint the model's (a function, or a table of those that
+    change); None: leave this one out, a head of another shape, say.
 
     Raises CheckpointError if there is none or it is damaged, naming file and tensor, and
     ArgumentError if it is of another model or optimizer: on every rank, whichever met it. What was
@@ -186,7 +194,7 @@ def load(
     with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
-            loader=loader, strict=strict, random=random,
+            loader=loader, strict=strict, rename=rename, random=random,
         )  # fmt: skip
 
 
@@ -199,9 +207,12 @@ def restore(
     scheduler: Any = None,
     loader: Any = None,
     strict: bool = True,
+    rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
 ) -> dict[str, Any]:
     """What ``load`` does, from a checkpoint that is open."""
+    if rename is not None:
+        checkpoint = Renamed(checkpoint, rename)
     model = None if model is None else uncompiled(model)
     found, axes = checkpoint.values, Axes.of(world)
     world = axes.everyone
@@ -222,16 +233,18 @@ def restore(
     with agreed(world):
         own = owns.saved(checkpoint, model, world, strict)
         if model is not None:
-            models.load_model(model, checkpoint, array, strict, names, own)
+            missing, unknown = models.load_model(model, checkpoint, array, strict, names, own)
+            if world.rank == 0:
+                _tell(checkpoint, missing, unknown)
         if optimizer is not None:
-            optimizers.load_optimizer(optimizer, model, checkpoint, groups, own)
+            optimizers.load_optimizer(optimizer, model, checkpoint, groups, own, strict)
         for name, each in given.items():
             if each is not None:
                 each.load_state_dict(others[name])
         if random and random_state.PART in found:
             random_state.restore(checkpoint, world)
-    if isinstance(model, ShardedModule):
-        model.state.memory.settle()
+    for part in models.sharded_parts(model):
+        part.state.memory.settle()
     extra: dict[str, Any] = others.get("extra", {})
     return extra
 
@@ -239,6 +252,8 @@ def restore(
 def _world_of(model: nn.Module | None, world: World | None) -> World:
     if model is not None:
         model = uncompiled(model)
+        parts = [each for each in model.modules() if isinstance(each, DistributedModule)]
+        model = parts[0] if parts else model
     if isinstance(model, DistributedModule):
         mesh = model.world.mesh
         if world is None or (mesh is not None and world is mesh.world):
@@ -258,6 +273,18 @@ def _on_all_stages(
         for own, more in zip(together, theirs, strict=False):
             own += more
     return [name for theirs, _ in everyones for name in theirs], together
+
+
+def _tell(checkpoint: Readable, missing: list[str], unknown: list[str]) -> None:
+    """Names that only the model, or only the checkpoint, has."""
+    for what, names in (("keeps its values of", missing), ("has not", unknown)):
+        if names:
+            _log.warning(
+                "load(strict=False) of %s: the model %s %s",
+                checkpoint.path,
+                what,
+                models.some(names),
+            )
 
 
 def _state_of(each: Any, name: str) -> Any:

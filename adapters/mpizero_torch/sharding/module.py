@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,12 @@ from mpizero_torch.replicate import Buffers, Structure
 from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
-from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
+from mpizero_torch.sharding.model_state import (
+    close_after_loading,
+    load_whole,
+    open_for_loading,
+    whole_state_dict,
+)
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.state import ShardedState, Sharding
@@ -72,6 +77,8 @@ class ShardedModule(DistributedModule):
         self._were_trainable: list[bool] = []
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
+        self.loading: ExitStack | None = None  # while a bigger module is being loaded
+        self.register_load_state_dict_post_hook(close_after_loading)  # type: ignore[no-untyped-call]
 
     @property
     def optimizer(self) -> ShardedOptimizer:
@@ -141,6 +148,10 @@ class ShardedModule(DistributedModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a plain module's state_dict; every rank must be given it. Collective."""
         return load_whole(self, state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        open_for_loading(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def hold_parameters(self) -> None:
         """Let all parameters be there until they are let go."""

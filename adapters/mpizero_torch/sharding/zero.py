@@ -77,7 +77,8 @@ def zero(
         ranks (counted node by node), and copies of it in the others (hierarchical sharding).
     offload : "cpu" (for GPUs) or "disk": where the optimizer's state and float32 copies are kept.
     offload_dir : for "disk", the folder of its files.
-    initialise : for models made in ``mz.deferred()``: called with each module of parameters.
+    initialise : for models made in ``mz.deferred()`` or on the meta device: called with each module
+        of parameters, once they have what constructors wrote.
     segment_mb : gradients are reduced, and parameters gathered, in pieces of this many MiB.
     broadcast_buffers : keep buffers (BatchNorm's statistics) as rank 0's.
 
