@@ -24,7 +24,7 @@ from mpizero import (
 )
 from mpizero.elastic import elastic
 from mpizero_torch.building import deferred
-from mpizero_torch.checkpointing import CheckpointManager, load, save
+from mpizero_torch.checkpointing import CheckpointManager, load, load_pretrained, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
@@ -71,6 +71,7 @@ __all__ = [
     "gathered",
     "init",
     "load",
+    "load_pretrained",
     "mean",
     "memory_report",
     "mesh",

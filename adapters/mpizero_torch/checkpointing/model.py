@@ -33,7 +33,7 @@ def sharded_parts(model: nn.Module | None) -> list[ShardedModule]:
     return [each for each in names.uncompiled(model).modules() if isinstance(each, ShardedModule)]
 
 
-def _sharded_parameters(model: nn.Module) -> dict[int, tuple[ShardedModule, int]]:
+def sharded_parameters(model: nn.Module) -> dict[int, tuple[ShardedModule, int]]:
     """Whose they are, and their numbers there, by their id."""
     return {
         id(parameter): (part, at)
@@ -56,7 +56,7 @@ def model_part(
     that are trained. Tied ones are written once; the other names are in the files' headers, where
     safetensors' own ``load_model`` looks for them.
     """
-    sharded = _sharded_parameters(model)
+    sharded = sharded_parameters(model)
     specs: list[TensorSpec] = []
     pieces: list[Piece] = []
     whole: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def model_part(
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
     name_of: dict[ShardedModule, dict[int, str]] = {part: {} for part in sharded_parts(model)}
-    for name, value in _entries(model):
+    for name, value in entries(model):
         if name in own:
             continue
         if not isinstance(value, torch.Tensor):
@@ -133,12 +133,12 @@ def load_model(
     aliases = checkpoint.metadata(PART)
     found = checkpoint.values.get(PART, {})
     others = found.get("others", {})
-    entries = dict(_entries(model))
+    held = dict(entries(model))
     mine: Mapping[str, Any] = {} if own is None else own.model
     known = {*specs, *aliases, *others, *mine}
-    missing = sorted(name for name in entries if name not in known)
+    missing = sorted(name for name in held if name not in known)
     known.discard("format")
-    anywhere = {*entries, *elsewhere}
+    anywhere = {*held, *elsewhere}
     unknown = sorted(name for name in known if name not in anywhere)
     if strict and (missing or unknown):
         raise ArgumentError(
@@ -148,21 +148,21 @@ def load_model(
             "the model that was saved", "strict=False loads the names that both have; rename= "
             "gives the checkpoint's other names.",
         )  # fmt: skip
-    if entries and not any(name in anywhere for name in known):
+    if held and not any(name in anywhere for name in known):
         raise ArgumentError(
             "load()", "model",
-            f"one with {some(list(entries))}, of which the checkpoint has not one; it has "
+            f"one with {some(list(held))}, of which the checkpoint has not one; it has "
             f"{some(sorted(known))}",
             "a model that has names in common with what was saved",
             "Give the checkpoint's other names by rename=, a function of a name.",
         )  # fmt: skip
-    sharded = _sharded_parameters(model)
+    sharded = sharded_parameters(model)
     done: set[int] = set()
     with torch.no_grad():
-        for name in mine.keys() & entries.keys():
-            _check_shape(name, tuple(entries[name].shape), tuple(mine[name].shape))
-            entries[name].copy_(mine[name])
-        for name, value in entries.items():
+        for name in mine.keys() & held.keys():
+            _check_shape(name, tuple(held[name].shape), tuple(mine[name].shape))
+            held[name].copy_(mine[name])
+        for name, value in held.items():
             stored = name if name in specs else aliases.get(name, "")
             if not isinstance(value, torch.Tensor) or stored not in specs or id(value) in done:
                 continue
@@ -177,13 +177,13 @@ def load_model(
     extra = {
         name: tree.decode(each, array, tensors.as_tensor)
         for name, each in others.items()
-        if name in entries
+        if name in held
     }
     if extra:
         names.load_state_dict(plain_module(model), extra, strict=False)
     for scaling in _scalings(model) if "loss_scale" in found else ():
         scaling.load_state_dict(found["loss_scale"])
-    return [name for name in missing if name not in elsewhere], unknown
+    return missing, unknown
 
 
 def as_array(value: Any) -> Any:
@@ -196,7 +196,7 @@ def as_array(value: Any) -> Any:
 
 def names_of(model: nn.Module) -> list[str]:
     """The names of all that a checkpoint has of a model."""
-    return [name for name, _ in _entries(model)]
+    return [name for name, _ in entries(model)]
 
 
 def _scalings(model: nn.Module) -> list[Any]:
@@ -204,7 +204,8 @@ def _scalings(model: nn.Module) -> list[Any]:
     return [part.scaling for part in sharded_parts(model) if part.scaling is not None]
 
 
-def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
+def entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """All that a state_dict has of a model: the parameters and buffers themselves."""
     with ungathered():
         found: Mapping[str, Any] = names.state_dict(plain_module(model), keep_vars=True)
     return found.items()

@@ -100,7 +100,7 @@ def save_run(
     managed: bool = False,
 ) -> PendingSave | None:
     """What ``save`` does; ``managed``: a ``CheckpointManager`` may remove it again."""
-    world = _world_of(model, world)
+    world = world_of(model, world)
     everyone = Axes.of(world).everyone
     with everyone.together("save()"):
         parts, values = collect(
@@ -189,7 +189,7 @@ def load(
     ArgumentError if it is of another model or optimizer: on every rank, whichever met it. What was
     read by then stays as read.
     """
-    world = _world_of(model, world)
+    world = world_of(model, world)
     everyone = Axes.of(world).everyone
     with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
@@ -249,7 +249,8 @@ def restore(
     return extra
 
 
-def _world_of(model: nn.Module | None, world: World | None) -> World:
+def world_of(model: nn.Module | None, world: World | None) -> World:
+    """The ranks that a model is distributed over, or ``world``, or all."""
     if model is not None:
         model = uncompiled(model)
         parts = [each for each in model.modules() if isinstance(each, DistributedModule)]
