@@ -29,6 +29,7 @@ from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.elastic_state import ElasticState
+from mpizero_torch.ema import EMA
 from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.mesh import Mesh, mesh
@@ -41,6 +42,7 @@ from mpizero_torch.ulysses import SequenceParallelAttention, stretch
 from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
+    "EMA",
     "ArgumentError",
     "CheckpointError",
     "CheckpointManager",

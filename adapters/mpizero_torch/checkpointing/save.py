@@ -25,6 +25,7 @@ from mpizero.checkpoint import (
     tree,
 )
 from mpizero_torch import tensors
+from mpizero_torch.checkpointing import average as averages
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import own as owns
@@ -47,6 +48,7 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
@@ -58,9 +60,9 @@ def save(
 
     ``model.safetensors`` has the plain module's names, and so anybody's reader; every rank writes
     its own part. ``scheduler`` and ``loader`` (what ``mz.shard`` gives) are asked for their
-    ``state_dict()``; ``extra`` is further values of one's own, the same on all ranks: numbers,
-    strings, tensors, lists and dicts of these. Each rank's random number generators are saved too.
-    Nothing is pickled.
+    ``state_dict()``; ``ema`` is an ``mz.EMA``; ``extra`` is further values of one's own, the same
+    on all ranks: numbers, strings, tensors, lists and dicts of these. Each rank's random number
+    generators are saved too. Nothing is pickled.
 
     Parameters that were left out of ``DistributedDataParallel`` (experts of a rank's own) are saved
     for each rank, if they differ; they are loaded by as many ranks.
@@ -77,9 +79,9 @@ def save(
     ArgumentError for what only a pickle could hold.
     """
     return save_run(
-        path, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, extra=extra,
-        asynchronous=asynchronous, largest_file=largest_file, writers_per_node=writers_per_node,
-        writer=writer, world=world,
+        path, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, ema=ema,
+        extra=extra, asynchronous=asynchronous, largest_file=largest_file,
+        writers_per_node=writers_per_node, writer=writer, world=world,
     )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def save_run(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
@@ -105,7 +108,7 @@ def save_run(
     with everyone.together("save()"):
         parts, values = collect(
             world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
-            extra=extra,
+            ema=ema, extra=extra,
         )  # fmt: skip
         job = Save(
             Path(path), everyone, parts, values,
@@ -123,6 +126,7 @@ def collect(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[list[Part], dict[str, Any]]:
     """All that a run consists of: tensors by part, with this rank's pieces, and plain values.
@@ -149,6 +153,9 @@ def collect(
             optimizer, model, axes, own.anywhere
         )
         parts.append(part)
+    if ema is not None:
+        part, values[averages.PART] = averages.average_part(ema)
+        parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
         if each is not None:
@@ -169,6 +176,7 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     strict: bool = True,
     rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
@@ -194,7 +202,7 @@ def load(
     with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
-            loader=loader, strict=strict, rename=rename, random=random,
+            loader=loader, ema=ema, strict=strict, rename=rename, random=random,
         )  # fmt: skip
 
 
@@ -206,6 +214,7 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     strict: bool = True,
     rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
@@ -223,7 +232,8 @@ def restore(
     with agreed(world):
         others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
     given = {"scheduler": scheduler, "loader": loader}
-    for name, wanted in ((models.PART, model), (optimizers.PART, optimizer)):
+    wanted_parts = ((models.PART, model), (optimizers.PART, optimizer), (averages.PART, ema))
+    for name, wanted in wanted_parts:
         if wanted is not None and name not in found:
             raise _not_saved(name, checkpoint)
     for name, each in given.items():
@@ -238,6 +248,8 @@ def restore(
                 _tell(checkpoint, missing, unknown)
         if optimizer is not None:
             optimizers.load_optimizer(optimizer, model, checkpoint, groups, own, strict)
+        if ema is not None:
+            averages.load_average(ema, checkpoint)
         for name, each in given.items():
             if each is not None:
                 each.load_state_dict(others[name])
