@@ -281,7 +281,7 @@ print("MEMORY", peak() - before - 2 * own)
 
 def test_memory_is_that_of_a_unit_beside_what_a_rank_keeps() -> None:
     """A rank of two keeps 38 MiB, and gradients of as much; the whole model is 76 MiB."""
-    found = mpirun(2, PROGRAM)
+    found = mpirun(2, PROGRAM, timeout=120)
     assert found.returncode == 0, found.stdout
     beside = [float(line.split()[-1]) for line in found.stdout.splitlines() if "MEMORY" in line]
     assert len(beside) == 2 and max(beside) < 50, beside
