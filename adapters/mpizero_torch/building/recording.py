@@ -35,8 +35,8 @@ _RAW = {
     "_reduce_ex_internal", "to_dlpack", "__cuda_array_interface__",
 }  # fmt: skip
 
-# Functions that make tensors of numbers, which tensors among their arguments may be.
-_OF_NUMBERS = {"tensor", "as_tensor", "asarray", "new_tensor", "new"}
+# Functions that make tensors, or text, of numbers, which tensors among their arguments may be.
+_OF_NUMBERS = {"tensor", "as_tensor", "asarray", "new_tensor", "new", "__repr__"}
 
 
 @contextmanager
