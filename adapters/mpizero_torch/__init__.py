@@ -23,11 +23,13 @@ from mpizero import (
     World,
 )
 from mpizero.elastic import elastic
-from mpizero_torch.checkpointing import CheckpointManager, load, save
+from mpizero_torch.building import deferred
+from mpizero_torch.checkpointing import CheckpointManager, load, load_pretrained, save
 from mpizero_torch.clip import clip_grad_norm_, clip_grad_value_
 from mpizero_torch.data import ShardedLoader, ShardedSampler, ShardedStream, shard
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.elastic_state import ElasticState
+from mpizero_torch.ema import EMA
 from mpizero_torch.in_sync import assert_in_sync, detect_nonfinite
 from mpizero_torch.memory_report import MemoryReport, memory_report
 from mpizero_torch.mesh import Mesh, mesh
@@ -37,7 +39,6 @@ from mpizero_torch.sharding import (
     MixedPrecision,
     ShardedModule,
     ShardedOptimizer,
-    deferred,
     full_gradient,
     full_parameter,
     gathered,
@@ -52,6 +53,7 @@ from mpizero_torch.ulysses import SequenceParallelAttention, stretch
 from mpizero_torch.verify import VerifyReport, verify
 
 __all__ = [
+    "EMA",
     "ArgumentError",
     "CheckpointError",
     "CheckpointManager",
@@ -85,6 +87,7 @@ __all__ = [
     "gathered",
     "init",
     "load",
+    "load_pretrained",
     "mean",
     "memory_report",
     "mesh",

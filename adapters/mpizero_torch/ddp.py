@@ -10,7 +10,7 @@ from torch import nn
 
 from mpizero import ArgumentError, World
 from mpizero.engine import GradientReducer, ParameterSpec, take_lane
-from mpizero_torch import names, slices, tensors, torch_surface
+from mpizero_torch import building, names, slices, tensors, torch_surface
 from mpizero_torch.bucket_gradients import BucketGradients
 from mpizero_torch.bucket_places import layout
 from mpizero_torch.replica_hooks import ReplicaHooks, parameter_spec
@@ -80,6 +80,7 @@ class DistributedDataParallel(TorchMembers):
         overlap: bool = True,
     ) -> None:
         torch_surface.check_arguments(locals())
+        building.fill_all(module, NAME)
         ignored = frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [each for each in names.named_parameters(module) if each[0] not in ignored]
         buffers = [each for each in names.named_buffers(module) if each[0] not in ignored]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mpizero import ArgumentError, World
-from mpizero_torch import slices
+from mpizero_torch import building, slices
 from mpizero_torch.replicate import broadcast_tensors
 
 Named = Sequence[tuple[str, torch.Tensor]]
@@ -51,7 +51,7 @@ class TiedStages:
             if stages.rank != holders[0]:
                 self.later.update(number[name] for name in names)
         for name, tensor in named:
-            if name in self.names and tensor.is_meta:
+            if name in self.names and (tensor.is_meta or building.is_hollow(tensor)):
                 raise ArgumentError(
                     "zero()", "model", f"made in mz.deferred(), with '{name}' on several stages",
                     "a model with memory", "Every stage would draw another first value for it.",

@@ -25,6 +25,7 @@ from mpizero.checkpoint import tree
 from mpizero.checkpoint.background import PendingSave, carry_out
 from mpizero.checkpoint.box import Box, read_box
 from mpizero.checkpoint.export import export_safetensors
+from mpizero.checkpoint.foreign import SafetensorsFiles
 from mpizero.checkpoint.format import TensorSpec
 from mpizero.checkpoint.notes import leftovers
 from mpizero.checkpoint.read import Checkpoint, agreed, exists, newest
@@ -40,6 +41,7 @@ __all__ = [
     "PendingSave",
     "Piece",
     "Readable",
+    "SafetensorsFiles",
     "Save",
     "TensorSpec",
     "agreed",

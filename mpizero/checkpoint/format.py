@@ -138,12 +138,15 @@ def index_name(part: str) -> str:
     return f"{part}.safetensors.index.json"
 
 
-def parse_header(name: str, nbytes: int, header: bytes) -> FileLayout:
+def parse_header(name: str, nbytes: int, header: bytes, any_name: bool = False) -> FileLayout:
     """A file's layout from its header (with its length). Trusts nothing in it.
+
+    ``any_name``: the file is called as others call theirs.
 
     Raises CheckpointError if it is not exactly what ``lay_out`` could have made of some tensors.
     """
-    part_of(name)
+    if not any_name:
+        part_of(name)
     entries = _parse_json(name, header[LENGTH_BYTES:])
     metadata = entries.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

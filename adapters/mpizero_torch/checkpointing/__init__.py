@@ -6,6 +6,7 @@ Over ``mpizero.checkpoint``, which writes and reads; here is what there is to wr
 from __future__ import annotations
 
 from mpizero_torch.checkpointing.manager import CheckpointManager
+from mpizero_torch.checkpointing.pretrained import load_pretrained
 from mpizero_torch.checkpointing.save import load, save
 
-__all__ = ["CheckpointManager", "load", "save"]
+__all__ = ["CheckpointManager", "load", "load_pretrained", "save"]

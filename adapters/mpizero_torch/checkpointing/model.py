@@ -14,6 +14,7 @@ from mpizero.checkpoint import Part, Piece, Readable, TensorSpec, tree
 from mpizero_torch import names, slices, tensors
 from mpizero_torch.checkpointing.axes import Axes, merged, read_own, reader, strips
 from mpizero_torch.sharding import ShardedModule
+from mpizero_torch.sharding.model_state import ungathered
 from mpizero_torch.wrapper import DistributedModule
 
 PART = "model"
@@ -23,6 +24,22 @@ def plain_module(model: nn.Module) -> nn.Module:
     """The module that wrappers, ours and torch.compile's, wrap, or the model itself."""
     model = names.uncompiled(model)
     return names.uncompiled(model.module) if isinstance(model, DistributedModule) else model
+
+
+def sharded_parts(model: nn.Module | None) -> list[ShardedModule]:
+    """The sharded modules in a model: itself, or what a bigger one has of them."""
+    if model is None:
+        return []
+    return [each for each in names.uncompiled(model).modules() if isinstance(each, ShardedModule)]
+
+
+def sharded_parameters(model: nn.Module) -> dict[int, tuple[ShardedModule, int]]:
+    """Whose they are, and their numbers there, by their id."""
+    return {
+        id(parameter): (part, at)
+        for part in sharded_parts(model)
+        for at, (_, parameter) in enumerate(part.state.named)
+    }
 
 
 def model_part(
@@ -39,16 +56,15 @@ def model_part(
     that are trained. Tied ones are written once; the other names are in the files' headers, where
     safetensors' own ``load_model`` looks for them.
     """
-    state = model.state if isinstance(model, ShardedModule) else None
-    number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
+    sharded = sharded_parameters(model)
     specs: list[TensorSpec] = []
     pieces: list[Piece] = []
     whole: dict[str, Any] = {}
     others: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
-    name_of: dict[int, str] = {}  # of sharded parameters
-    for name, value in _entries(model):
+    name_of: dict[ShardedModule, dict[int, str]] = {part: {} for part in sharded_parts(model)}
+    for name, value in entries(model):
         if name in own:
             continue
         if not isinstance(value, torch.Tensor):
@@ -57,21 +73,22 @@ def model_part(
             aliases[name] = seen[id(value)]
         else:
             seen[id(value)] = name
-            if state is not None and id(value) in number:
-                name_of[number[id(value)]] = name
+            if id(value) in sharded:
+                part_of_it, number = sharded[id(value)]
+                name_of[part_of_it][number] = name
             else:
                 whole[name] = value
-    if isinstance(model, ShardedModule):
-        model.follow("save()")
-        _collect_sharded(model, name_of, specs, pieces)
+    for each, own_names in name_of.items():
+        each.follow("save()")
+        _collect_sharded(each, own_names, specs, pieces)
     shared = axes.part_of(PART, whole)
     part = Part(PART, [*specs, *shared.specs], [*pieces, *shared.pieces], aliases)
     plain = {
         name: tree.encode(each, f"{PART}.{name}", arrays, as_array) for name, each in others.items()
     }
     found: dict[str, Any] = {"others": merged(axes.gather_stages(plain))}
-    if isinstance(model, ShardedModule) and model.scaling is not None:
-        found["loss_scale"] = model.scaling.state_dict()
+    for scaling in _scalings(model):
+        found["loss_scale"] = scaling.state_dict()
     return axes.all_stages(part), found
 
 
@@ -100,61 +117,74 @@ def load_model(
     strict: bool,
     elsewhere: Iterable[str] = (),
     own: Any = None,
-) -> None:
+) -> tuple[list[str], list[str]]:
     """Give a model what was saved, in place: each rank reads what it keeps, and talks to nobody.
+
+    Returns the names that the checkpoint lacks, and those that the model lacks.
 
     ``array`` reads those within modules' extra state; ``elsewhere`` are names that the other
     stages of a pipeline have; ``own``: what this rank had of its own (see ``own.py``).
 
     When all ranks have, a sharded model's parameters are to be ``settle``d.
 
-    Raises ArgumentError for tensors that are missing, of another shape or (if ``strict``) too many.
+    Raises ArgumentError for tensors of another shape, if there is not one name in common, and, if
+    ``strict``, for those that are missing or too many.
     """
     specs = checkpoint.specs(PART)
     aliases = checkpoint.metadata(PART)
     found = checkpoint.values.get(PART, {})
     others = found.get("others", {})
-    entries = dict(_entries(model))
+    held = dict(entries(model))
     mine: Mapping[str, Any] = {} if own is None else own.model
     known = {*specs, *aliases, *others, *mine}
-    missing = sorted(name for name in entries if name not in known)
-    anywhere = {*entries, *elsewhere, "format"}
+    missing = sorted(name for name in held if name not in known)
+    known.discard("format")
+    anywhere = {*held, *elsewhere}
     unknown = sorted(name for name in known if name not in anywhere)
     if strict and (missing or unknown):
         raise ArgumentError(
             "load()", "model",
-            f"one with {_some(missing) or 'no other names'} that the checkpoint has not, and "
-            f"without {_some(unknown) or 'none'} that it has",
-            "the model that was saved", "strict=False loads the names that both have.",
+            f"one with {some(missing) or 'no other names'} that the checkpoint has not, and "
+            f"without {some(unknown) or 'none'} that it has",
+            "the model that was saved", "strict=False loads the names that both have; rename= "
+            "gives the checkpoint's other names.",
         )  # fmt: skip
-    state = model.state if isinstance(model, ShardedModule) else None
-    number = {id(parameter): at for at, (_, parameter) in enumerate(state.named)} if state else {}
+    if held and not any(name in anywhere for name in known):
+        raise ArgumentError(
+            "load()", "model",
+            f"one with {some(list(held))}, of which the checkpoint has not one; it has "
+            f"{some(sorted(known))}",
+            "a model that has names in common with what was saved",
+            "Give the checkpoint's other names by rename=, a function of a name.",
+        )  # fmt: skip
+    sharded = sharded_parameters(model)
     done: set[int] = set()
     with torch.no_grad():
-        for name in mine.keys() & entries.keys():
-            _check_shape(name, tuple(entries[name].shape), tuple(mine[name].shape))
-            entries[name].copy_(mine[name])
-        for name, value in entries.items():
+        for name in mine.keys() & held.keys():
+            _check_shape(name, tuple(held[name].shape), tuple(mine[name].shape))
+            held[name].copy_(mine[name])
+        for name, value in held.items():
             stored = name if name in specs else aliases.get(name, "")
             if not isinstance(value, torch.Tensor) or stored not in specs or id(value) in done:
                 continue
             done.add(id(value))
-            index = number.get(id(value))
             box = slices.box(value)
             _check_shape(name, box.shape, specs[stored].shape)
-            if state is not None and index is not None:
-                state.fill(index, reader(checkpoint, PART, stored, box))
+            if id(value) in sharded:
+                part, index = sharded[id(value)]
+                part.state.fill(index, reader(checkpoint, PART, stored, box))
             else:
                 slices.local(value).copy_(read_own(checkpoint, PART, stored, box))
     extra = {
         name: tree.decode(each, array, tensors.as_tensor)
         for name, each in others.items()
-        if name in entries
+        if name in held
     }
     if extra:
         names.load_state_dict(plain_module(model), extra, strict=False)
-    if isinstance(model, ShardedModule) and model.scaling is not None and "loss_scale" in found:
-        model.scaling.load_state_dict(found["loss_scale"])
+    for scaling in _scalings(model) if "loss_scale" in found else ():
+        scaling.load_state_dict(found["loss_scale"])
+    return missing, unknown
 
 
 def as_array(value: Any) -> Any:
@@ -167,18 +197,29 @@ def as_array(value: Any) -> Any:
 
 def names_of(model: nn.Module) -> list[str]:
     """The names of all that a checkpoint has of a model."""
-    return [name for name, _ in _entries(model)]
+    return [name for name, _ in entries(model)]
 
 
-def _entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    found: Mapping[str, Any] = names.state_dict(plain_module(model), keep_vars=True)
+def _scalings(model: nn.Module) -> list[Any]:
+    """The loss scales of its sharded parts, under float16."""
+    return [part.scaling for part in sharded_parts(model) if part.scaling is not None]
+
+
+def entries(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """All that a state_dict has of a model: the parameters and buffers themselves."""
+    with ungathered():
+        found: Mapping[str, Any] = names.state_dict(plain_module(model), keep_vars=True)
     return found.items()
 
 
 def _check_shape(name: str, own: tuple[int, ...], saved: tuple[int, ...]) -> None:
     if own != saved:
-        raise ArgumentError("load()", f"model: {name}", f"of shape {own}", f"shape {saved}")
+        raise ArgumentError(
+            "load()", f"model: {name}", f"of shape {own}", f"shape {saved}",
+            "With strict=False, rename= may return None for what is to be left out.",
+        )  # fmt: skip
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of some names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -72,6 +72,7 @@ def optimizer_part(
     shared = axes.part_of(part_name, whole)
     part = Part(part_name, [*specs, *shared.specs], [*pieces, *shared.pieces])
     found = {
+        "class": _class_of(optimizer),
         "groups": _of_all_stages(axes.gather_stages(groups)),
         "others": merged(axes.gather_stages(plain)),
     }
@@ -85,12 +86,17 @@ def load_optimizer(
     checkpoint: Readable,
     elsewhere: Sequence[Sequence[str]] = (),
     of_rank: Any = None,
+    strict: bool = True,
 ) -> None:
     """Give an optimizer what was saved as ``part``; a sharded one reads its own of it.
 
-    Talks to nobody. ``elsewhere``: the parameters that its groups have on other stages of a
-    pipeline; ``of_rank``: what this rank had of its own (see ``own.py``). Raises ArgumentError if
-    its groups have other parameters.
+    Unless ``strict``, groups may have other parameters, and then keep their settings, and the
+    optimizer may be of another class: the state of the parameters that both have is loaded. Talks
+    to nobody.
+
+    ``elsewhere``: the parameters that its groups have on other stages of a pipeline; ``of_rank``:
+    what this rank had of its own (see ``own.py``). Raises ArgumentError if its groups have other
+    parameters.
     """
     saved = checkpoint.values[part]
     own, theirs = group_names(optimizer, model), [each["names"] for each in saved["groups"]]
@@ -98,10 +104,21 @@ def load_optimizer(
         {*each, *(elsewhere[at] if at < len(elsewhere) else ())} for at, each in enumerate(own)
     ]
     apart = frozenset() if of_rank is None else of_rank.anywhere
-    if [each - apart for each in everywhere] != [set(each) - apart for each in theirs]:
+    theirs_class = saved.get("class", _class_of(optimizer))
+    if strict and theirs_class != _class_of(optimizer):
+        raise ArgumentError(
+            "load()", "optimizer", f"of class {_class_of(optimizer)}",
+            f"{theirs_class}, which was saved",
+            "Another optimizer's state means other things; leave the optimizer out, or pass "
+            "strict=False to load it all the same.",
+        )  # fmt: skip
+    same = [each - apart for each in everywhere] == [set(each) - apart for each in theirs]
+    if strict and not same:
         raise ArgumentError(
             "load()", "optimizer", f"one with groups {_short(own)}",
             f"groups of the parameters that were saved: {_short(theirs)}",
+            "strict=False loads the state of the parameters that both have, and leaves the "
+            "groups their settings.",
         )  # fmt: skip
 
     def array(name: str) -> Any:
@@ -139,12 +156,22 @@ def load_optimizer(
             value = read_own(checkpoint, part, stored, box).clone()
             value = slices.wrap(value, parameter) if is_slice else value
         state.setdefault(number[name], {})[key] = value
+    settings: list[dict[str, Any]] = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    if same and theirs_class == _class_of(optimizer):
+        settings = [tree.decode(g["settings"], array, tensors.as_tensor) for g in saved["groups"]]
     at, groups = 0, []
-    for group, names in zip(saved["groups"], own, strict=True):
-        settings = tree.decode(group["settings"], array, tensors.as_tensor)
-        groups.append({**settings, "params": list(range(at, at + len(names)))})
+    for setting, names in zip(settings, own, strict=True):
+        groups.append({**setting, "params": list(range(at, at + len(names)))})
         at += len(names)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
+    return type(inner).__name__
 
 
 def _parameters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,17 +25,20 @@ from mpizero.checkpoint import (
     tree,
 )
 from mpizero_torch import tensors
+from mpizero_torch.checkpointing import average as averages
 from mpizero_torch.checkpointing import model as models
 from mpizero_torch.checkpointing import optimizer as optimizers
 from mpizero_torch.checkpointing import own as owns
 from mpizero_torch.checkpointing import random_state
 from mpizero_torch.checkpointing.axes import Axes, merged
+from mpizero_torch.checkpointing.renamed import Rename, Renamed
 from mpizero_torch.names import uncompiled
 from mpizero_torch.runtime import init
-from mpizero_torch.sharding import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
 EXTRA = "extra"
+
+_log = logging.getLogger("mpizero")
 
 
 def save(
@@ -44,6 +48,7 @@ def save(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
@@ -55,9 +60,10 @@ def save(
 
     ``optimizer`` and ``scheduler`` may be lists of several. ``model.safetensors`` has the plain
     module's names, and so anybody's reader; every rank writes its own part. ``scheduler`` and
-    ``loader`` (what ``mz.shard`` gives) are asked for their ``state_dict()``; ``extra`` is further
-    values of one's own, the same on all ranks: numbers, strings, tensors, lists and dicts of these.
-    Each rank's random number generators are saved too. Nothing is pickled.
+    ``loader`` (what ``mz.shard`` gives) are asked for their ``state_dict()``; ``ema`` is an
+    ``mz.EMA``; ``extra`` is further values of one's own, the same on all ranks: numbers, strings,
+    tensors, lists and dicts of these. Each rank's random number generators are saved too. Nothing
+    is pickled.
 
     Parameters that were left out of ``DistributedDataParallel`` (experts of a rank's own) are saved
     for each rank, if they differ; they are loaded by as many ranks.
@@ -74,9 +80,9 @@ def save(
     ArgumentError for what only a pickle could hold.
     """
     return save_run(
-        path, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, extra=extra,
-        asynchronous=asynchronous, largest_file=largest_file, writers_per_node=writers_per_node,
-        writer=writer, world=world,
+        path, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, ema=ema,
+        extra=extra, asynchronous=asynchronous, largest_file=largest_file,
+        writers_per_node=writers_per_node, writer=writer, world=world,
     )  # fmt: skip
 
 
@@ -88,6 +94,7 @@ def save_run(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
     asynchronous: bool = False,
     largest_file: int = LARGEST_FILE,
@@ -97,12 +104,12 @@ def save_run(
     managed: bool = False,
 ) -> PendingSave | None:
     """What ``save`` does; ``managed``: a ``CheckpointManager`` may remove it again."""
-    world = _world_of(model, world)
+    world = world_of(model, world)
     everyone = Axes.of(world).everyone
     with everyone.together("save()"):
         parts, values = collect(
             world, None, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader,
-            extra=extra,
+            ema=ema, extra=extra,
         )  # fmt: skip
         job = Save(
             Path(path), everyone, parts, values,
@@ -120,6 +127,7 @@ def collect(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[list[Part], dict[str, Any]]:
     """All that a run consists of: tensors by part, with this rank's pieces, and plain values.
@@ -144,6 +152,9 @@ def collect(
     for name, each in optimizers.by_part(optimizer).items():
         part, values[name] = optimizers.optimizer_part(name, each, model, axes, own.anywhere)
         parts.append(part)
+    if ema is not None:
+        part, values[averages.PART] = averages.average_part(ema)
+        parts.append(part)
     others: dict[str, Any] = {"extra": dict(extra or {})}
     for name, each in (("scheduler", scheduler), ("loader", loader)):
         if each is not None:
@@ -164,7 +175,9 @@ def load(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     strict: bool = True,
+    rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -172,19 +185,23 @@ def load(
 
     On any number of ranks, at any stage, in one process too: each rank reads what it keeps. Names
     may be left out, but what is given must have been saved. ``random``: restore the random number
-    generators (a rank more than there were gets its own). ``strict``: the model must have exactly
-    the names that were saved.
+    generators (a rank more than there were gets its own).
+
+    ``strict``: model and optimizer must have exactly the names, groups and class that were saved.
+    Else what both have is loaded, and a warning lists the names that only one has.
+    ``rename``: makes of a name in the checkpoint the model's (a function, or a table of those that
+    change); None: leave this one out, a head of another shape, say.
 
     Raises CheckpointError if there is none or it is damaged, naming file and tensor, and
     ArgumentError if it is of another model or optimizer: on every rank, whichever met it. What was
     read by then stays as read.
     """
-    world = _world_of(model, world)
+    world = world_of(model, world)
     everyone = Axes.of(world).everyone
     with everyone.together("load()"), Checkpoint(path, everyone) as checkpoint:
         return restore(
             checkpoint, world, model=model, optimizer=optimizer, scheduler=scheduler,
-            loader=loader, strict=strict, random=random,
+            loader=loader, ema=ema, strict=strict, rename=rename, random=random,
         )  # fmt: skip
 
 
@@ -196,10 +213,14 @@ def restore(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     loader: Any = None,
+    ema: Any = None,
     strict: bool = True,
+    rename: Rename | Mapping[str, str | None] | None = None,
     random: bool = True,
 ) -> dict[str, Any]:
     """What ``load`` does, from a checkpoint that is open."""
+    if rename is not None:
+        checkpoint = Renamed(checkpoint, rename)
     model = None if model is None else uncompiled(model)
     found, axes = checkpoint.values, Axes.of(world)
     world = axes.everyone
@@ -211,7 +232,8 @@ def restore(
         others = tree.decode(found.get(EXTRA, {}), array, tensors.as_tensor)
     given = {"scheduler": scheduler, "loader": loader}
     every = optimizers.by_part(optimizer)
-    for name in [*([] if model is None else [models.PART]), *every]:
+    parts = {models.PART: model, averages.PART: ema}
+    for name in [*(name for name, wanted in parts.items() if wanted is not None), *every]:
         if name not in found:
             raise _not_saved(name, checkpoint)
     for name, each in given.items():
@@ -221,23 +243,30 @@ def restore(
     with agreed(world):
         own = owns.saved(checkpoint, model, world, strict)
         if model is not None:
-            models.load_model(model, checkpoint, array, strict, names, own)
+            missing, unknown = models.load_model(model, checkpoint, array, strict, names, own)
+            if world.rank == 0:
+                _tell(checkpoint, missing, unknown)
         for name, each in every.items():
-            optimizers.load_optimizer(name, each, model, checkpoint, groups[name], own)
+            optimizers.load_optimizer(name, each, model, checkpoint, groups[name], own, strict)
+        if ema is not None:
+            averages.load_average(ema, checkpoint)
         for name, each in given.items():
             if each is not None:
                 _restore_state(each, others[name])
         if random and random_state.PART in found:
             random_state.restore(checkpoint, world)
-    if isinstance(model, ShardedModule):
-        model.state.memory.settle()
+    for part in models.sharded_parts(model):
+        part.state.memory.settle()
     extra: dict[str, Any] = others.get("extra", {})
     return extra
 
 
-def _world_of(model: nn.Module | None, world: World | None) -> World:
+def world_of(model: nn.Module | None, world: World | None) -> World:
+    """The ranks that a model is distributed over, or ``world``, or all."""
     if model is not None:
         model = uncompiled(model)
+        parts = [each for each in model.modules() if isinstance(each, DistributedModule)]
+        model = parts[0] if parts else model
     if isinstance(model, DistributedModule):
         mesh = model.world.mesh
         if world is None or (mesh is not None and world is mesh.world):
@@ -271,6 +300,18 @@ def _restore_state(each: Any, state: Any) -> None:
         return
     for one, own in zip(each, state, strict=True):
         one.load_state_dict(own)
+
+
+def _tell(checkpoint: Readable, missing: list[str], unknown: list[str]) -> None:
+    """Names that only the model, or only the checkpoint, has."""
+    for what, names in (("keeps its values of", missing), ("has not", unknown)):
+        if names:
+            _log.warning(
+                "load(strict=False) of %s: the model %s %s",
+                checkpoint.path,
+                what,
+                models.some(names),
+            )
 
 
 def _state_of(each: Any, name: str) -> Any:

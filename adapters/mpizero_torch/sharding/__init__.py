@@ -14,7 +14,6 @@ from mpizero_torch.sharding.access import (
     set_gradient,
     set_parameter,
 )
-from mpizero_torch.sharding.deferred import deferred
 from mpizero_torch.sharding.gathering import gathered
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
@@ -25,7 +24,6 @@ __all__ = [
     "MixedPrecision",
     "ShardedModule",
     "ShardedOptimizer",
-    "deferred",
     "full_gradient",
     "full_parameter",
     "gathered",

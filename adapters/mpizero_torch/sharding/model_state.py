@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from mpizero_torch.replicate import broadcast_tensors
 from mpizero_torch.sharding.state import ShardedState
 from mpizero_torch.wrapper import DistributedModule
 
+_plainly = threading.local()
+
+
+@contextmanager
+def ungathered() -> Iterator[None]:
+    """In here a state_dict has sharded parameters themselves, not their values."""
+    _plainly.active = True
+    try:
+        yield
+    finally:
+        _plainly.active = False
+
 
 def whole_state_dict(
     module: nn.Module, state: ShardedState, root: int | None, *args: Any, **kwargs: Any
@@ -25,6 +38,9 @@ def whole_state_dict(
     Parameters that have float32 masters are given as these are. Where ranks hold all of a
     parameter, and train it as it is, it is the very one, as torch has it.
     """
+    if getattr(_plainly, "active", False):
+        plain: dict[str, Any] = names.state_dict(module, *args, **kwargs)
+        return plain
     world = state.group.world
     with world.together("state_dict()"):
         if not 0 <= (root or 0) < world.size:
@@ -53,8 +69,9 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
 
     In ``with mz.gathered(model) as inner:`` the plain module has all its values on every rank. What
     is written is lost, or, with ``modify``, becomes the model's: rank 0's writes hold, for all
-    ranks. Takes memory for the whole model on each rank, unless it only looks at what is there. For
-    models that are not sharded it does nothing but give the plain module.
+    ranks; with ``precision`` parameters are the float32 values that are trained then. Takes memory
+    for the whole model on each rank, unless it only looks at what is there. For models that are
+    not sharded it does nothing but give the plain module.
     """
     model = names.uncompiled(model)
     state = getattr(model, "state", None)
@@ -75,9 +92,14 @@ def whole(model: Any, modify: bool, indices: Sequence[int]) -> Iterator[None]:
     let_go = model.hold_some(indices)
     parameters = [state.named[index][1] for index in indices]
     homes = [slices.local(parameter).data for parameter in parameters]
-    if modify and state.sharding.how == COMMON:
-        for parameter, home in zip(parameters, homes, strict=True):
-            slices.move(parameter, home.clone())
+    if modify:
+        for index, (parameter, home) in enumerate(zip(parameters, homes, strict=True)):
+            if state.trained_dtype(index) != home.dtype and not slices.is_slice(parameter):
+                # What is trained, so that what nobody writes to is not rounded, nor what is.
+                trained = state.collect(index, None)
+                slices.move(parameter, home.clone() if trained is None else trained)
+            elif state.sharding.how == COMMON:
+                slices.move(parameter, home.clone())
         state.memory.settle()
     before, model.writes.watches = model.writes.watches, model.writes.watches and not modify
     try:
@@ -102,3 +124,18 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: 
             buffers = [buffer for _, buffer in inner.named_buffers()]
         broadcast_tensors(buffers, model.world, root=0)
         return result
+
+
+def open_for_loading(model: Any) -> None:
+    """A bigger module is being loaded: let all parameters be there, to be written to."""
+    if model.loading is None:
+        model.loading = ExitStack()
+        model.loading.enter_context(gathered(model, modify=True))
+
+
+def close_after_loading(model: Any, keys: Any) -> None:
+    """It has been: what was written is the model's, rank 0's. Collective."""
+    if model.loading is not None:
+        loading, model.loading = model.loading, None
+        loading.close()
+        broadcast_tensors([b for _, b in model.module.named_buffers()], model.world, root=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from mpizero_torch.sharding.deferred import Initialise, Initialiser
 from mpizero_torch.sharding.hooks import ShardHooks
 from mpizero_torch.sharding.loss_scale import LossScale
 from mpizero_torch.sharding.mean_gradients import MeanGradients
-from mpizero_torch.sharding.model_state import load_whole, whole_state_dict
+from mpizero_torch.sharding.model_state import (
+    close_after_loading,
+    load_whole,
+    open_for_loading,
+    whole_state_dict,
+)
 from mpizero_torch.sharding.offload import StateOnDisk
 from mpizero_torch.sharding.optimizer import ShardedOptimizer, no_gradients
 from mpizero_torch.sharding.precision import Layers
@@ -109,6 +114,8 @@ class ShardedModule(DistributedModule):
         self._announcing: Collection[int] = ()  # whose gradients announce themselves
         self._watch_parameters()
         access.register(self)
+        self.loading: ExitStack | None = None  # while a bigger module is being loaded
+        self.register_load_state_dict_post_hook(close_after_loading)  # type: ignore[no-untyped-call]
 
     @property
     def optimizers(self) -> list[ShardedOptimizer]:
@@ -196,6 +203,10 @@ class ShardedModule(DistributedModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a plain module's state_dict; every rank must be given it. Collective."""
         return load_whole(self, state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        open_for_loading(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def hold_parameters(self) -> None:
         """Let all parameters be there until they are let go."""
@@ -312,17 +323,21 @@ class ShardedModule(DistributedModule):
         return scale is None or scale.should_step(self.sharder.overflowed, self.world.rank)
 
     @contextmanager
-    def changing(self, optimizer: ShardedOptimizer) -> Iterator[None]:
-        """While an optimizer changes this rank's shards, outside of an update. Collective."""
+    def changing(self, where: str, optimizer: ShardedOptimizer | None = None) -> Iterator[None]:
+        """While this rank's shards are changed outside of an update, in the call ``where``.
+
+        ``optimizer``: by which, if its own alone are. Collective.
+        """
         if self._schedule is not None:
             self._schedule.before_update()
-        self.follow("optimizer.train() or eval()", sure=True)
+        self.follow(where, sure=True)
         yield
         self.after_update(optimizer)
 
-    def after_update(self, optimizer: ShardedOptimizer) -> None:
-        """This rank's shards have been updated by it: publish them. Collective."""
-        numbers = optimizer.numbers
+    def after_update(self, optimizer: ShardedOptimizer | None) -> None:
+        """This rank's shards have been updated, by it or all: publish them. Collective."""
+        every = [each for each in self._optimizers if optimizer in (None, each)]
+        numbers = {number for each in every for number in each.numbers}
         self._state.memory.publish(
             {own.number for own in self._state.trained if own.group in numbers}
         )

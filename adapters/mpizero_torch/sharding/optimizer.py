@@ -101,7 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _change(self, name: str) -> None:
         """Let the inner optimizer go over to other parameters, and publish them. Collective."""
-        with self._module.changing(self):
+        with self._module.changing(f"optimizer.{name}()", self):
             getattr(self._inner, name)()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,8 +1,8 @@
 """The optimizer's state: from this rank's shards to whole parameters' and back.
 
 Whole state has the form of the plain torch optimizer's ``state_dict``: parameters by number, in the
-order of its groups. It travels piece by piece, so that no rank needs memory for more than the
-result and one piece.
+order of its groups. It travels in pieces, small ones together, so that no rank needs memory for
+more than the result and one of these.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from mpizero_torch import slices
 from mpizero_torch.sharding.runs import Run, not_by_element, split
 
 _NUMBERED = "step"  # counts steps: never a number for each element, never rounded to another dtype
+
+_PACK_BYTES = 4 << 20  # of small pieces of state that travel together
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,9 @@ def whole_state(
     others = merged([other for _, other in everyones])
     wanted = root is None or root == group.world.rank
     state: dict[int, dict[str, Any]] = {}
+    wholes = _gather(tensors, [held for held, _ in everyones], numbers, shapes, group, wanted)
     for index, number in numbers.items():
-        found: dict[str, Any] = {}
-        keys = {key for held, _ in everyones for at, key in held if at == index}
-        for key in sorted(keys):
-            holders = [each for held, _ in everyones for each in held.get((index, key), ())]
-            value = _gather(tensors.get((index, key), {}), holders, shapes[index], group, wanted)
-            found[key] = value
+        found: dict[str, Any] = wholes.get(index, {})
         found.update(others.get(index, {}))
         if found and wanted:
             state[number] = {key: found[key] for key in sorted(found, key=_like_torch)}
@@ -200,30 +198,64 @@ def _describe(tensors: dict[Any, Any], group: ShardGroup) -> dict[tuple[int, str
 
 
 def _gather(
-    own: dict[int, tuple[int, torch.Tensor, bool]],
-    holders: Sequence[Held],
-    shape: tuple[int, ...],
+    tensors: Mapping[tuple[int, str], Mapping[int, tuple[int, torch.Tensor, bool]]],
+    everyones: Sequence[Mapping[tuple[int, str], Sequence[Held]]],
+    indices: Iterable[int],
+    shapes: Sequence[tuple[int, ...]],
     group: ShardGroup,
     wanted: bool,
-) -> torch.Tensor | None:
-    """A tensor of a parameter's state, put together where it is ``wanted``."""
-    world, device = group.world, torch.device(group.world.device.name)
-    whole: torch.Tensor | None = None
-    for held in sorted(holders, key=lambda each: each.start):
-        if held.rank == world.rank:
-            piece = own[held.start][1].contiguous()
+) -> dict[int, dict[str, Any]]:
+    """The parameters' states by number and key, put together where they are ``wanted``."""
+    holders: dict[tuple[int, str], list[Held]] = {}
+    for theirs in everyones:
+        for place, pieces_there in theirs.items():
+            holders.setdefault(place, []).extend(pieces_there)
+    known = set(indices)
+    every = [
+        (place, held)
+        for place in sorted(holders)
+        if place[0] in known
+        for held in sorted(holders[place], key=lambda each: each.start)
+    ]
+    found: dict[int, dict[str, Any]] = {}
+    device = torch.device(group.world.device.name)
+    for pack in _packs(every):
+        holder, dtype = pack[0][1].rank, pack[0][1].dtype
+        if holder == group.world.rank:
+            own = [tensors[place][held.start][1].reshape(-1) for place, held in pack]
+            flat = own[0].contiguous() if len(own) == 1 else torch.cat(own)
         else:
-            piece = torch.empty(held.shape, dtype=held.dtype, device=device)
-        world.broadcast(piece, held.rank)
-        if not wanted:
-            continue
-        if not held.sliced:
-            whole = piece.clone() if held.rank == world.rank else piece
-        else:
-            if whole is None:
-                whole = torch.empty(shape, dtype=held.dtype, device=device)
-            whole.view(-1)[held.start : held.stop] = piece.view(-1)
-    return whole
+            count = sum(prod(held.shape) for _, held in pack)
+            flat = torch.empty(count, dtype=dtype, device=device)
+        group.world.broadcast(flat, holder)
+        pieces = flat.split([prod(held.shape) for _, held in pack]) if wanted else ()
+        for (place, held), piece in zip(pack, pieces, strict=wanted):
+            index, key = place
+            state = found.setdefault(index, {})
+            if not held.sliced:
+                state[key] = piece.clone().view(held.shape)
+                continue
+            if key not in state:
+                state[key] = torch.empty(shapes[index], dtype=dtype, device=device)
+            state[key].view(-1)[held.start : held.stop] = piece
+    return found
+
+
+def _packs(
+    every: Sequence[tuple[tuple[int, str], Held]],
+) -> list[list[tuple[tuple[int, str], Held]]]:
+    """What travels together: of one rank and dtype, up to so many bytes; larger ones alone."""
+    packs: list[list[tuple[tuple[int, str], Held]]] = []
+    filled: dict[tuple[int, torch.dtype], tuple[list[Any], int]] = {}
+    for place, held in every:
+        kind, nbytes = (held.rank, held.dtype), prod(held.shape) * held.dtype.itemsize
+        pack, before = filled.get(kind, ([], _PACK_BYTES))
+        if before + nbytes > _PACK_BYTES:
+            pack, before = [], 0
+            packs.append(pack)
+        pack.append((place, held))
+        filled[kind] = (pack, before + nbytes)
+    return packs
 
 
 def _state_of(run: Run, state: dict[int, Any], shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mpizero.engine import (
     cut_by_parameter,
     cut_flat,
 )
-from mpizero_torch import slices, tensors
+from mpizero_torch import building, slices, tensors
 from mpizero_torch.sharding.offload import StateOnDisk, pinned_zeros
 from mpizero_torch.sharding.runs import Run, parameter_runs, slice_runs
 from mpizero_torch.sharding.units import Unit, WholeSpace
@@ -93,7 +93,7 @@ class ShardedState:
         # Before anything else is made: parameters may have no memory yet.
         self.device = torch.device(group.world.device.name)
         for _, parameter in self.named:
-            if not parameter.is_meta:
+            if not parameter.is_meta and not building.is_hollow(parameter):
                 self.device = parameter.device
         self._prepare, self._aside = prepare, aside
         self._units = list(unit_of)
@@ -243,6 +243,8 @@ class ShardedState:
             blocks = self.memory.updated(own.number)
             for segment, block in zip(own.space.segments, blocks, strict=True):
                 for index in segment.members:
+                    if self.space_of[index] is not own:
+                        continue  # it has moved to the space of a group that was added
                     found = own.space.layout.overlap(str(index), segment.block(part))
                     if found is not None:
                         yield index, found[0], block[found[1]]

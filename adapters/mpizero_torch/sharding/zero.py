@@ -15,6 +15,7 @@ from mpizero_torch import names, slices, tensors
 from mpizero_torch.ddp import DistributedDataParallel
 from mpizero_torch.runtime import init
 from mpizero_torch.sharding.boundary import Boundary
+from mpizero_torch.sharding.deferred import check_lazy
 from mpizero_torch.sharding.element_wise import choose_partition
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.sharding.offload import StateOnDisk
@@ -76,7 +77,8 @@ def zero(
         ranks (counted node by node), and copies of it in the others (hierarchical sharding).
     offload : "cpu" (for GPUs) or "disk": where the optimizer's state and float32 copies are kept.
     offload_dir : for "disk", the folder of its files.
-    initialise : for models made in ``mz.deferred()``: called with each module of parameters.
+    initialise : for models made in ``mz.deferred()`` or on the meta device: called with each module
+        of parameters, once they have what constructors wrote.
     segment_mb : gradients are reduced, and parameters gathered, in pieces of this many MiB.
     whole : modules, or classes of them, whose parameters are gathered in one piece, however large
         (stage 3): over several nodes those of which each rank calls other parts, as with experts.
@@ -94,6 +96,7 @@ def zero(
         if offload not in (None, "cpu", "disk"):
             raise ArgumentError("zero()", "offload", repr(offload), "None, 'cpu', 'disk'")
         _check_whole(whole, model)
+        check_lazy("zero()", model)
         if stage == 0:
             _refuse_for_replicas(policy, offload, shard_group)
             return DistributedDataParallel(
