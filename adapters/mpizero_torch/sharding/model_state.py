@@ -93,7 +93,7 @@ def whole(model: Any, modify: bool, indices: Sequence[int]) -> Iterator[None]:
     parameters = [state.named[index][1] for index in indices]
     homes = [slices.local(parameter).data for parameter in parameters]
     if modify:
-        for index, (parameter, home) in enumerate(zip(parameters, homes, strict=True)):
+        for index, parameter, home in zip(indices, parameters, homes, strict=True):
             if state.trained_dtype(index) != home.dtype and not slices.is_slice(parameter):
                 # What is trained, so that what nobody writes to is not rounded, nor what is.
                 trained = state.collect(index, None)

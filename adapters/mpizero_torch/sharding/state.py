@@ -317,7 +317,7 @@ class ShardedState:
         copies = [
             (self.form(index)[1], tensors.as_tensor(array))
             for index, _, array in self.pieces()
-            if index in indices and self.trained_dtype(index) != self.form(index)[1]
+            if index in indices and self.trained_dtype(index) != self.named[index][1].dtype
         ]
         before = [copy.clone() for _, copy in copies]
         for index in indices:
