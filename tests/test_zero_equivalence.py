@@ -355,6 +355,32 @@ def test_clipping_is_that_of_whole_gradients(way: dict[str, Any], norm_type: flo
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+@ranks
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("way", [{"stage": 0}, *STAGES])
+def test_a_norm_that_is_not_finite_is_an_error_if_wished(
+    way: dict[str, Any], norm_type: float
+) -> None:
+    """On all ranks, wherever the gradient is that is not; and none is changed."""
+    world = mz.init()
+    net = nn.Linear(4, 4)
+    model, _ = mz.zero(net, torch.optim.SGD(net.parameters(), lr=0.1), **way)
+    x = torch.ones(2, 4)
+    if world.rank == world.size - 1:
+        x[0, 0] = torch.inf
+    model(x).sum().backward()
+    before = mz.full_gradient(net.bias)
+    with pytest.raises(RuntimeError, match="error_if_nonfinite") as caught:
+        mz.clip_grad_norm_(model, 1e-3, norm_type, error_if_nonfinite=True)
+    assert isinstance(caught.value, mz.MpizeroError) or way["stage"] == 0
+    after = mz.full_gradient(net.bias)
+    assert before is not None and after is not None and torch.equal(before, after)
+    model.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    found = mz.clip_grad_norm_(model, 1e9, norm_type, error_if_nonfinite=True, foreach=False)
+    assert torch.isfinite(found)
+
+
 @pytest.mark.parallel([4])
 @pytest.mark.parametrize("shard_group", [1, 2, 4, "node"])
 @pytest.mark.parametrize("way", STAGES)

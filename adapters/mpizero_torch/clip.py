@@ -10,15 +10,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpizero import World
+from mpizero import MpizeroError, World
 from mpizero_torch import slices
 from mpizero_torch.names import uncompiled
 from mpizero_torch.sharding.module import ShardedModule
 from mpizero_torch.wrapper import DistributedModule
 
 
-def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+class NonFiniteNormError(MpizeroError, RuntimeError):
+    """Gradients are not finite, and were to be."""
+
+
+def clip_grad_norm_(
+    model: nn.Module,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
     """Scale the gradients of ``model`` so that their global norm is at most ``max_norm``.
+
+    As torch's of this name, which takes ``foreach``, too; here it changes nothing. With
+    ``error_if_nonfinite``, a norm that is infinite or no number raises an MpizeroError, which is a
+    RuntimeError as torch's, on all ranks, and no gradient is changed.
 
     Returns the norm before scaling (a scalar tensor, the same on every rank); tied parameters count
     once. Replicas have the same gradients after backward, so nothing is sent for them; under
@@ -28,12 +42,20 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     """
     model = uncompiled(model)
     if not isinstance(model, DistributedModule) or not _is_cut(model):
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
+        return torch.nn.utils.clip_grad_norm_(
+            model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach
+        )
     cuts = _cuts(model)
     with cuts[0].telling() if cuts else nullcontext():
         max_norm, norm_type = float(max_norm), float(norm_type)
         gradients = own_gradients(model)
     norm = _global_norm(model, cuts, gradients, norm_type)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise NonFiniteNormError(
+            f"clip_grad_norm_(): the norm of order {norm_type:g} of the gradients is {norm}, and "
+            "error_if_nonfinite=True was given. Leave this step out, or look for what is not "
+            "finite with mz.detect_nonfinite(model)."
+        )
     scale = min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else max_norm / norm
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
