@@ -409,7 +409,9 @@ class Marked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         Marked.alive.append(weakref.ref(ctx))
-        return x.clone()
+        output = x.clone()
+        ctx.save_for_backward(x, output)  # as tanh and others do
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]

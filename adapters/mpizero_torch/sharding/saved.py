@@ -49,7 +49,8 @@ class SavedTensors:
             except NotImplementedError:  # a tensor of another kind, as sparse ones are
                 at = None
             if at is None or own.is_conj() or own.is_neg():
-                return tensor, own._version
+                # Not the output of a node itself: the two would keep each other for good.
+                return tensor if tensor.grad_fn is None else tensor.detach(), own._version
             return Place(
                 *at, own.storage_offset(), own.size(), own.stride(), own.dtype,
                 memory.changes, slices.cut_of(tensor),
