@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -208,8 +207,7 @@ def test_what_somebody_puts_beside_offloaded_state_stays(place: Path) -> None:
     (place / "1.bin").write_bytes(MINE)
     (place / "mpizero-state-mine").mkdir(exist_ok=True)
     aside = StateOnDisk(place)
-    state: dict[str, Any] = {name: torch.full((9,), 2.0) for name in ("a", "b", "c")}
-    aside.take(state)
+    state = {name: aside.keep(torch.full((9,), 2.0)) for name in ("a", "b", "c")}
     own = aside._folder
     first, second, _ = sorted(own.iterdir())
     (own / "notes.txt").write_bytes(MINE)

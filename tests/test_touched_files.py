@@ -51,6 +51,8 @@ PLACES = {
     "mpizero/checkpoint/files.py: sync_folder: os.open": "opens to read",
     "mpizero/checkpoint/files.py: rename: .rename": LAYER,
     "mpizero/checkpoint/files.py: open_to_read: os.open": "opens to read",
+    "mpizero/checkpoint/foreign.py: SafetensorsFiles.read: os.open": "opens to read",
+    "mpizero/checkpoint/foreign.py: _layout: os.open": "opens to read",
     "mpizero/checkpoint/mpi_io.py: write_together: File.Open": f"a file in {OWN}",
     # Checkpoints: whose they are.
     "mpizero/checkpoint/notes.py: recover: files.rename": "its note says that very name",

@@ -124,14 +124,14 @@ class ParameterMemory:
         """All ranks have stored: from here on everyone may read. Collective."""
         self._group.inner.submit("storing parameters", lambda run, parts: run.barrier()).wait()
 
-    def publish(self, spaces: Collection[int]) -> None:
+    def publish(self, spaces: Collection[int] | None = None) -> None:
         """After an update of what ``updated`` gives: let every rank have the new parameters.
 
-        ``spaces``: which have been updated, the same on all ranks. Sharded ones are rounded from
-        their masters, and travel when next gathered. Collective.
+        ``spaces``: which have been updated, the same on all ranks; by default, all. Sharded ones
+        are rounded from their masters, and travel when next gathered. Collective.
         """
         self.changes += 1
-        updated = [at for at in self._trained if at in spaces]
+        updated = [at for at in self._trained if spaces is None or at in spaces]
         for at in updated:
             if self.masters[at] is not None:
                 for wide, block in zip(self.updated(at), self.blocks(at), strict=True):

@@ -1,0 +1,176 @@
+"""Train tiny models of transformers' architectures sharded, beside one process.
+
+    mpirun -n 2 python tests/conformance/models.py [--only NAME ...] [--every N] [--json FILE]
+
+Each takes three steps in float32 at stages 0, 2, 3 and 3 without shared parameters, and must have
+the losses and the parameters of one process with the whole batch; and one backward pass in bfloat16
+and float16, whose gradient's norm must be that of one process in float32. Ends with 1 if any
+differs, or raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of all tests, not this one
+
+import torch  # noqa: E402
+
+import mpizero_torch as mz  # noqa: E402
+from conformance.architectures import Architecture, architectures  # noqa: E402
+
+STEPS, PER_RANK, RATE = 3, 2, 0.05
+WAYS: dict[str, dict[str, Any]] = {
+    "stage 0": {"stage": 0},
+    "stage 2": {"stage": 2},
+    "stage 3": {"stage": 3},
+    "stage 3 private": {"stage": 3, "share_parameters": False, "segment_mb": 0.05},
+}
+# Of the largest element: float32 rounds at 6e-8, and a model sums some hundred terms.
+EXACT = 1e-5
+# Of the norm. The scale is one with which no gradient of these models overflows.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_THE_NORM, SCALE = 2e-2, 64.0
+
+
+def train(found: Architecture, size: int, **way: Any) -> tuple[list[float], dict[str, Any]]:
+    """Losses of the whole batch, and the parameters after the last step; alone without ``way``."""
+    model, rank = found.make(), 0
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=RATE)
+    if way:
+        model, optimizer = mz.zero(model, optimizer, **way)
+        rank = mz.init().rank
+    losses = []
+    for step in range(STEPS):
+        batch = found.batch(size * PER_RANK, step)
+        own = {key: _part(value, rank) if way else value for key, value in batch.items()}
+        loss = model(**own).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(mz.mean(loss.detach())) if way else float(loss.detach()))
+    return losses, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def norm(found: Architecture, size: int, **way: Any) -> float:
+    """Of the first gradient."""
+    model, rank = found.make(), 0
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=RATE)
+    if way:
+        model, optimizer = mz.zero(model, optimizer, **way)
+        rank = mz.init().rank
+    batch = found.batch(size * PER_RANK, 0)
+    own = {key: _part(value, rank) if way else value for key, value in batch.items()}
+    model(**own).loss.backward()
+    if way:
+        return float(mz.clip_grad_norm_(model, math.inf))
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf))
+
+
+def check(found: Architecture) -> dict[str, str]:
+    """For each way "" or what is wrong. Collective."""
+    world = mz.init()
+    losses, parameters = train(found, world.size)
+    results = {}
+    for name, way in WAYS.items():
+        results[name] = _of_all(lambda way=way: _compare(found, way, losses, parameters))
+    expected = norm(found, world.size)
+    for name, dtype in HALF.items():
+        precision = mz.MixedPrecision(dtype, initial_scale=SCALE)
+        results[name] = _of_all(
+            lambda precision=precision: _compare_norm(
+                expected, norm(found, world.size, stage=2, precision=precision)
+            )
+        )
+    gc.collect()
+    return results
+
+
+def _compare(
+    found: Architecture, way: dict[str, Any], losses: list[float], parameters: dict[str, Any]
+) -> str:
+    its_losses, its = train(found, mz.init().size, **way)
+    for step, (ours, theirs) in enumerate(zip(its_losses, losses, strict=True)):
+        if not abs(ours - theirs) <= EXACT * max(1.0, abs(theirs)):
+            return f"loss {step} is {ours:.8g} for {theirs:.8g}"
+    if its.keys() != parameters.keys():
+        return f"other names: {sorted(its.keys() ^ parameters.keys())[:4]}"
+    for key, value in parameters.items():
+        if value.is_floating_point():
+            most = max(1.0, float(value.abs().max())) if value.numel() else 1.0
+            differs = float((its[key] - value).abs().max()) if value.numel() else 0.0
+            if not differs <= EXACT * most:
+                return f"'{key}' differs by {differs:.3g}"
+    return ""
+
+
+def _compare_norm(expected: float, found: float) -> str:
+    if abs(found - expected) <= OF_THE_NORM * expected:
+        return ""
+    return f"the gradient's norm is {found:.5g} for {expected:.5g}"
+
+
+def _of_all(work: Any) -> str:
+    """What is wrong on the first rank on which something is."""
+    try:
+        said = work()
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        said = (
+            f"{type(error).__name__}: {str(error)[:300]} ({Path(line.filename).name}:{line.lineno})"
+        )
+    every = mz.init().gather_objects(said)
+    return next((each for each in every if each), "")
+
+
+def _part(value: torch.Tensor, rank: int) -> torch.Tensor:
+    return value[rank * PER_RANK : (rank + 1) * PER_RANK]
+
+
+def main() -> int:
+    """Run them all, or some."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="those whose names have one of these in them")
+    parser.add_argument("--every", type=int, default=1, help="only each so many-th")
+    parser.add_argument("--json", type=Path, help="write what was found")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    world = mz.init()
+    table: dict[str, Any] = {}
+    number = 0
+    only = chosen.only
+
+    def wanted(name: str) -> bool:
+        return not only or any(part in name for part in only)
+
+    for name, found, why in architectures(wanted):
+        # All ranks must go on with the same.
+        if not all(world.gather_objects(found is not None)) or found is None:
+            table[name] = {"left out": why}
+            continue
+        number += 1
+        if (number - 1) % chosen.every:
+            continue
+        results = table[name] = check(found)
+        wrong = {way: said for way, said in results.items() if said}
+        if world.rank == 0:
+            shown = "; ".join(f"{way}: {said}" for way, said in wrong.items()) or "as one process"
+            print(f"{name}: {shown}", flush=True)
+    tried = {name: found for name, found in table.items() if "left out" not in found}
+    bad = [name for name, found in tried.items() if any(found.values())]
+    if world.rank == 0:
+        print(f"{len(tried)} architectures, {len(bad)} differ: {', '.join(bad) or 'none'}")
+        if chosen.json:
+            chosen.json.write_text(json.dumps(table, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
