@@ -21,6 +21,7 @@ from mpizero.collectives.interface import Algorithm, TwoPhase
 from mpizero.collectives.node_shared import NodeShared
 from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport, cut_evenly
+from mpizero.diagnostics import serve
 from mpizero.memory.dtypes import is_half
 from mpizero.reduction import Operation
 from mpizero.world.device import Device
@@ -93,7 +94,7 @@ class Hierarchical(Algorithm):
             transport = MpiTransport(levels.column, device)
             self._ring, self._halving = Ring(transport), HalvingDoubling(transport)
         # The network's part of the pipeline; needs MPI_THREAD_MULTIPLE.
-        self._network = ThreadPoolExecutor(1, "mpizero-network") if threaded else None
+        self._network = ThreadPoolExecutor(1, "mpizero-network", serve) if threaded else None
 
     def close(self) -> None:
         """Collective."""

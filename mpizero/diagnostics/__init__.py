@@ -17,7 +17,7 @@ from mpizero.diagnostics.current import (
 from mpizero.diagnostics.lanes import Lanes
 from mpizero.diagnostics.orphans import end_with_launcher
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
-from mpizero.diagnostics.threads import serving
+from mpizero.diagnostics.threads import serve
 
 __all__ = [
     "Lane",
@@ -26,7 +26,7 @@ __all__ = [
     "end_with_launcher",
     "recorded",
     "recorder",
-    "serving",
+    "serve",
     "spanned",
     "starting",
     "stop_watching",

@@ -81,7 +81,8 @@ def _name_of(pid: int) -> str:
 def _wait(handle: int, rank: int, above: int) -> None:
     ended = select.poll()  # select() cannot take handles above 1023
     ended.register(handle, select.POLLIN)
-    with threads.serving(), suppress(OSError):
+    threads.serve()
+    with suppress(OSError):
         ended.poll()
         time.sleep(_GRACE_SECONDS)
         say_last(f"mpizero: rank {rank} ends, for its launcher (pid {above}) has ended.\n")

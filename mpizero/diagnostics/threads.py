@@ -6,8 +6,7 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from pathlib import Path
 from types import FrameType
 
@@ -15,33 +14,28 @@ _OURS = (str(Path(__file__).resolve().parents[1]) + os.sep, f"{os.sep}mpizero_to
 _PACKAGES = f"{os.sep}site-packages{os.sep}"
 _STANDARD = (sysconfig.get_path("stdlib") + os.sep, "<frozen ")
 
-_serving: set[int] = set()
+_serving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-@contextmanager
-def serving() -> Iterator[None]:
-    """What the calling thread does meanwhile serves the program: it begins nothing by itself.
+def serve() -> None:
+    """The calling thread serves the program, for good: it begins nothing by itself.
 
     It carries out what other threads have begun. Where that leads it into code of the program's
     (what somebody has hung onto a result, say), it is a thread like others.
     """
-    ident = threading.get_ident()
-    _serving.add(ident)
-    try:
-        yield
-    finally:
-        _serving.discard(ident)
+    _serving.add(threading.current_thread())
 
 
 def of_program() -> list[int]:
     """The threads that run the program's code, the main thread first."""
     main = threading.main_thread().ident or 0
+    serving = {thread.ident for thread in threading.enumerate() if thread in _serving}
     return [
         main,
         *(
             ident
             for ident, frame in sys._current_frames().items()
-            if ident != main and not (ident in _serving and _serves(frame))
+            if ident != main and not (ident in serving and _serves(frame))
         ),
     ]
 

@@ -77,13 +77,13 @@ class Watchdog:
         self._thread.join(_ABORT_SECONDS)
 
     def _watch(self) -> None:
-        with threads.serving():
-            while not self._stop.wait(_TICK_SECONDS):
-                try:
-                    self._look()
-                except Exception as error:  # a watchdog that fails must not take the job with it
-                    _print(f"mpizero: rank {self._rank}: the watchdog failed: {error!r}\n")
-                    return
+        threads.serve()
+        while not self._stop.wait(_TICK_SECONDS):
+            try:
+                self._look()
+            except Exception as error:  # a watchdog that fails must not take the job with it
+                _print(f"mpizero: rank {self._rank}: the watchdog failed: {error!r}\n")
+                return
 
     def _look(self) -> None:
         self._record.note_threads(threads.of_program())

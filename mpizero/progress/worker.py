@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mpizero.diagnostics import Lane, recorded, serving
+from mpizero.diagnostics import Lane, recorded, serve
 from mpizero.errors import ArgumentError
 from mpizero.progress.handle import Handle
 from mpizero.world import shared_cores
@@ -155,10 +155,7 @@ class Worker:
             self._thread.start()
 
     def _serve(self) -> None:
-        with serving():
-            self._carry_out()
-
-    def _carry_out(self) -> None:
+        serve()
         self._on_start()
         if not self._has_core:
             shared_cores.share()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from mpizero.diagnostics import serving
+from mpizero.diagnostics import serve
 from mpizero_torch.distributed.c10d import WorkBase
 
 _lock = threading.Lock()
@@ -188,11 +188,11 @@ class _Fulfillers:
         self._tasks.put(task)
 
     def _serve(self) -> None:
-        with serving():
-            while True:
-                self._tasks.get()()
-                with _lock:
-                    self._idle += 1
+        serve()
+        while True:
+            self._tasks.get()()
+            with _lock:
+                self._idle += 1
 
 
 _fulfillers = _Fulfillers()
