@@ -15,7 +15,7 @@ from conformance import compare, page, stored
 from conformance.launches import Setting, run_tests
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome, together
 from conformance.tables import BACKEND, DDP, TABLES, Table
-from support.launch import ROOT, find_mpirun, is_openmpi, launch_environment
+from support.launch import ROOT, find_mpirun, is_openmpi, launch_environment, mpirun
 
 # One or two of each kind, of those that take little time.
 QUICK_BACKEND = (
@@ -81,6 +81,12 @@ QUICK_DDP = (
 )
 QUICK = {BACKEND.name: QUICK_BACKEND, DDP.name: QUICK_DDP}
 
+# One or two of each kind; all: tests/conformance/models.py
+QUICK_MODELS = (
+    "causal gpt2", "causal qwen3_moe", "causal mixtral", "causal falcon_mamba", "masked bert",
+    "seq2seq t5", "image vit_msn",
+)  # fmt: skip
+
 _MPI = stored.OPENMPI if is_openmpi(find_mpirun(sys.executable)) else stored.MPICH
 _ALL = bool(os.environ.get("MPIZERO_TEST_ALL"))
 
@@ -99,6 +105,16 @@ def test_what_has_passed_passes(table: Table) -> None:
     assert _ALL or len(names) == len(quick), set(quick) - set(names)
     now = _run(names, table=table)
     assert {n: o.details for n, o in now.items() if o.verdict != PASSED} == {}
+
+
+@pytest.mark.once
+@pytest.mark.timeout(400)
+def test_models_of_transformers_train_as_in_one_process() -> None:
+    pytest.importorskip("transformers")
+    script = ROOT / "tests" / "conformance" / "models.py"
+    done = mpirun(2, [str(script), "--only", *QUICK_MODELS], timeout=360)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(QUICK_MODELS)} architectures, 0 differ" in done.stdout, done.stdout
 
 
 @pytest.mark.once

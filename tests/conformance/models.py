@@ -137,7 +137,7 @@ def _part(value: torch.Tensor, rank: int) -> torch.Tensor:
 def main() -> int:
     """Run them all, or some."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="those whose names have one of these in them")
+    parser.add_argument("--only", nargs="*", help="these, by their names")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th")
     parser.add_argument("--json", type=Path, help="write what was found")
     chosen = parser.parse_args()
@@ -148,7 +148,7 @@ def main() -> int:
     only = chosen.only
 
     def wanted(name: str) -> bool:
-        return not only or any(part in name for part in only)
+        return not only or name in only
 
     for name, found, why in architectures(wanted):
         # All ranks must go on with the same.
