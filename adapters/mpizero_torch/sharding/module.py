@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, World
+from mpizero import ArgumentError, MpizeroError, World
 from mpizero.engine import SHARDED, GradientSharder, Lane, ShardGroup
 from mpizero_torch import names, slices
 from mpizero_torch.compiling import as_it_is
@@ -306,10 +306,15 @@ class ShardedModule(DistributedModule):
         All ranks must have done the same, and none reads the old parameters any more then.
         ``where``: in which call, which all must have made; ``sure``: it is not compared at a cost.
         """
-        self.gradients.follow()
-        changed, number, error = self.writes.find()
+        failed: MpizeroError | None = None
+        try:
+            self.gradients.follow()
+        except MpizeroError as found:  # perhaps on this rank alone: the others must hear of it
+            failed = found
+        changed, number, refused = self.writes.find()
+        error = failed or refused
         said = f"{self.gradients.description}; {self.writes.describe(changed, error)}"
-        digests = [self.gradients.digest, number]
+        digests = [self.gradients.digest, number, int(failed is not None)]
         compare(self._lane.world, digests, said, where, sure)
         if error is not None:
             raise error

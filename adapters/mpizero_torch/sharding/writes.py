@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpizero import ArgumentError
+from mpizero import ArgumentError, MpizeroError
 from mpizero.engine import COMMON, SHARDED
 from mpizero_torch import slices
 from mpizero_torch.sharding.mean_gradients import digest_of, octets
@@ -123,7 +123,7 @@ class Writes:
                     state.place_again(index)
         self.settle()
 
-    def describe(self, changed: Sequence[int], error: ArgumentError | None) -> str:
+    def describe(self, changed: Sequence[int], error: MpizeroError | None) -> str:
         """What this rank has found, for an error that compares."""
         if error is not None:
             return str(error)
