@@ -124,11 +124,19 @@ def all_in_one_call(both: Both) -> None:
         torch._foreach_zero_([p.grad for p in module.parameters() if p.grad is not None])
 
 
+def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def through_the_optimizer(both: Both) -> None:
+    has = any(parameter.grad is not None for parameter in own_parameters(both.optimizer))
+    if not all(both.world.gather_objects(has)) and any(both.world.gather_objects(has)):
+        both.its.zero_grad()
+        both.optimizer.zero_grad()  # the other way is refused: see below
+        return
     for optimizer in (both.its, both.optimizer):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        for parameter in own_parameters(optimizer):
+            parameter.grad = None
 
 
 def by_another_optimizer(both: Both) -> None:
@@ -156,6 +164,18 @@ def test_gradients_forgotten_by_hand(way: dict[str, Any]) -> None:
         both.step()
         forget(both)
         both.compare()
+
+
+@several_ranks
+def test_a_rank_without_a_part_cannot_see_what_is_done_to_parts() -> None:
+    """It goes on with the gradients that the others have forgotten, and is found to."""
+    net = nn.Linear(3, 2, bias=False)  # one rank has all of it
+    model, optimizer = mz.zero(net, torch.optim.SGD(net.parameters()), 2, partition="parameter")
+    model(torch.ones(1, 3)).sum().backward()
+    for parameter in own_parameters(optimizer):
+        parameter.grad = None
+    with pytest.raises(mz.MismatchError, match="no gradients"):
+        optimizer.step()
 
 
 def skip(parameter: nn.Parameter) -> None:
@@ -325,7 +345,7 @@ def test_what_needs_the_values_is_refused(way: dict[str, Any]) -> None:
 def test_norms_of_the_optimizers_parameters_are_refused(way: dict[str, Any]) -> None:
     both = Both(way)
     both.backward()
-    own = [p for group in both.optimizer.param_groups for p in group["params"]]
+    own = own_parameters(both.optimizer)
     held = [p for p in own if p.grad is not None]
     for wrong in (
         lambda: nn.utils.clip_grad_norm_(own, 0.1),
