@@ -40,6 +40,8 @@ def sharded(make: Any, way: dict[str, Any], kind: str, folder: Path, **more: Any
         options |= {"partition": "flat", "segment_mb": 0.002, **more}
         if kind == "disk":
             options |= {"offload": "disk", "offload_dir": folder}
+        elif kind == "fp16":  # with a scale at which nothing overflows: no step is left out
+            options["precision"] = mz.MixedPrecision("fp16", initial_scale=2.0**8)
         elif kind != "float32":
             options["precision"] = kind
     plain = make(inner.parameters())
