@@ -89,7 +89,7 @@ def gathered(model: nn.Module, modify: bool = False) -> Iterator[nn.Module]:
 def whole(model: Any, modify: bool, indices: Sequence[int]) -> Iterator[None]:
     """These parameters of a sharded model, whole; with ``modify``, to be written by rank 0."""
     state: ShardedState = model.state
-    let_go = model.hold_some(indices)
+    let_go = model.hold(indices)
     parameters = [state.named[index][1] for index in indices]
     homes = [slices.local(parameter).data for parameter in parameters]
     if modify:

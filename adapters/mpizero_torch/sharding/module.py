@@ -208,12 +208,7 @@ class ShardedModule(DistributedModule):
         open_for_loading(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def hold_parameters(self) -> None:
-        """Let all parameters be there until they are let go."""
-        if self._schedule is not None:
-            self._schedule.hold_all()
-
-    def hold_some(self, indices: Collection[int]) -> Callable[[], None]:
+    def hold(self, indices: Collection[int]) -> Callable[[], None]:
         """Let these parameters be there until what is returned is called."""
         return (lambda: None) if self._schedule is None else self._schedule.hold(indices)
 
@@ -222,10 +217,6 @@ class ShardedModule(DistributedModule):
         if self._schedule is not None:
             self._schedule.before_update()
             self._schedule.after_update()
-
-    def let_parameters_go(self) -> None:
-        if self._schedule is not None:
-            self._schedule.let_all_go()
 
     @property
     def held_bytes(self) -> int:
@@ -370,8 +361,11 @@ class ShardedModule(DistributedModule):
         self.world.agree([str(members)], "the parameters of the new group")
         partition = self._partitions[self._optimizers.index(optimizer)]
         self.follow("add_param_group()")
-        with self._whole_parameters():
+        let_go = self.hold(range(len(self._named)))
+        try:
             number, added = self._state.add_group(members, partition)
+        finally:
+            let_go()
         self.writes.settle()
         before = self._hooks
         before.remove()
@@ -381,14 +375,6 @@ class ShardedModule(DistributedModule):
         optimizer.adopt(self._state.make_runs(self.sharder, added), number, group, members)
         self._were_trainable = []
         self._watch_parameters()
-
-    @contextmanager
-    def _whole_parameters(self) -> Iterator[None]:
-        self.hold_parameters()
-        try:
-            yield
-        finally:
-            self.let_parameters_go()
 
     def forget_gradients(self, optimizer: ShardedOptimizer, set_to_none: bool) -> None:
         """Forget the gradients of an optimizer, and of none, or let those there are be zero.

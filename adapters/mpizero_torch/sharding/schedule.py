@@ -66,7 +66,6 @@ class UnitSchedule:
         self._saved = SavedTensors(self, any(slices.is_slice(each) for each in parameters))
         self._is_seen = True  # what autograd saves, in the forward under way
         self._stack: list[_Frame] = []
-        self._whole: list[Callable[[], None]] = []  # the ends of those who hold everything
         self._lent: set[Unit] = set()
         self._asked: list[Unit] = []  # held for who last asked for values, of no module's forward
         self._backward: dict[Unit, set[int]] = {}  # held in backward: gradients not come yet
@@ -149,14 +148,6 @@ class UnitSchedule:
             self._settle()
 
         return let_go
-
-    def hold_all(self) -> None:
-        """``hold`` all, until ``let_all_go``."""
-        self._whole.append(self.hold(range(len(self._parameters))))
-
-    def let_all_go(self) -> None:
-        """The end of what ``hold_all`` has begun."""
-        self._whole.pop()()
 
     def recall(self, place: Place) -> torch.Tensor:
         """Backward has come to what was saved: gather it."""
