@@ -16,7 +16,7 @@ import mpizero
 from mpizero import World
 from mpizero.memory import staging
 from mpizero.world.device import CudaDevice
-from support.fake_cupy import FakeCupy
+from support.fake_cuda import FakeCupy
 
 several_ranks = pytest.mark.parallel([2, 3, 4])
 ways = pytest.mark.parametrize("aware", ["0", "1"], ids=["staged", "direct"])
@@ -41,9 +41,10 @@ def filled(cupy: FakeCupy, values: np.ndarray) -> Any:
     """A device array that a kernel, queued and not yet run, will fill."""
     array = cupy.empty(values.shape, values.dtype)
     array[...] = -77
+    place = array.host
 
     def kernel() -> None:
-        array.host[...] = values
+        place[...] = values
 
     cupy.launch(kernel)
     return array
