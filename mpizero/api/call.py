@@ -20,6 +20,7 @@ from mpizero.errors import (
     unsettle,
 )
 from mpizero.memory.node_shared import NodeMemory
+from mpizero.memory.order import NOTHING, Touched
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
 class Call:
     """What a rank is about to do: told to the others as ``description``, done by ``work``.
 
-    ``work(run, parts)``: ``parts`` are all ranks' counterparts of the first array, if they lie in
-    node-shared memory. ``items`` are parts of a long description.
+    ``touched``: all memory that the work reads or writes. ``work(run, parts)``: ``parts`` are all
+    ranks' counterparts of the first array, if they lie in node-shared memory. ``items`` are parts
+    of a long description.
     """
 
     description: str
     work: Callable[[Dispatch, Parts], Any]
-    arrays: Sequence[Any] = ()
-    stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
-    nbytes: int = 0  # how much that is, if not the arrays' size
+    touched: Touched = NOTHING
+    nbytes: int = 0  # how much it is about, if not the first array's size
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
     # Puts the first array's values there. To agree is to be ready: others may read them after that.
@@ -127,14 +128,14 @@ class Caller:
     def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
         run = self._background if asynchronous else self._blocking
-        filled = run.mark(call.arrays, call.stream)
+        order = run.order(call.touched)
         lane = self._lanes.asynchronous if asynchronous else self._lanes.blocking
         line = 0 if self._alone else lane.recorder.here()
 
         def work() -> Any:
             if self._alone:
                 return carry_out(None)
-            nbytes = call.nbytes or sum(each.nbytes for each in call.arrays)
+            nbytes = call.nbytes or call.touched.nbytes
             if asynchronous and self._in_order:
                 at = lane.begin_behind(self._lanes.blocking, call.description, nbytes, line)
             else:
@@ -151,22 +152,28 @@ class Caller:
                 lane.end(at, run.last_algorithm)
 
         def carry_out(at: int | None) -> Any:
-            if call.fill is not None:
-                run.run_after(filled, call.fill)
-            if call.agrees_itself:
-                return call.work(run, None)
-            parts = run.agree(call.description, call.arrays, call.items, sure)
-            if at is not None:
-                lane.agreed(at)
-            return run.run_after(filled, lambda: call.work(run, parts))
+            with run.in_order(order):
+                if call.fill is not None:
+                    call.fill()
+                if call.agrees_itself:
+                    return call.work(run, None)
+                parts = run.agree(call.description, call.touched.first, call.items, sure)
+                if at is not None:
+                    lane.agreed(at)
+                return call.work(run, parts)
 
         if lifeline() is not None:
             work = _surviving(work)
         if not asynchronous:
-            if self._in_order and not self._alone:
-                return self._worker.run_in_order(work, call.description)
-            return work()
-        return finished(work()) if self._alone else self._worker.submit(work, call.description)
+            ordered = self._in_order and not self._alone
+            try:
+                return self._worker.run_in_order(work, call.description) if ordered else work()
+            finally:
+                if order is not None:
+                    order.wait()
+        if self._alone:
+            return finished(work(), order)
+        return self._worker.submit(work, call.description, order)
 
     def agree(self, what: str) -> None:
         """All ranks have come to the same point. Collective."""

@@ -16,6 +16,7 @@ from mpizero.collectives.transport import cut_evenly
 from mpizero.diagnostics import Lanes
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import overlap
+from mpizero.memory.order import opened
 from mpizero.progress import Handle, Worker
 from mpizero.reduction import operation
 
@@ -67,7 +68,7 @@ class EvenCalls(Calls):
         def prepare() -> Call:
             source = self._open(x, "allreduce()", "x", writable=out is None)
             target = source if out is None else self._open(out, "allreduce()", "out", writable=True)
-            check_form("allreduce()", target, source.shape, source.dtype)
+            check_form("allreduce()", target, source.shape, source.dtype, source)
             self._caller.check_algorithm(algorithm, "all_reduce")
             combine = operation(op, source.dtype, self.size, "allreduce()")
             what = describe("allreduce", source, op, algorithm)
@@ -87,7 +88,7 @@ class EvenCalls(Calls):
             return Call(
                 what,
                 work,
-                (target.flat,),
+                opened(target, source),
                 agrees_itself=plan is not None,
                 fill=None if target is source else fill,
             )
@@ -133,7 +134,8 @@ class EvenCalls(Calls):
                 run.reduce_scatter(source.flat, target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(describe("reduce_scatter", source, op, algorithm), work, (source.array,))
+            what = describe("reduce_scatter", source, op, algorithm)
+            return Call(what, work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -165,7 +167,8 @@ class EvenCalls(Calls):
                 return target.commit()
 
             what = describe("allgather", source, algorithm, *(["in place"] if in_place else []))
-            return Call(what, work, (target.flat if in_place else source.array,))
+            both = (target, source) if in_place else (source, target)
+            return Call(what, work, opened(*both))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -183,7 +186,7 @@ class EvenCalls(Calls):
                 run.broadcast(target.flat, root, algorithm)
                 return target.original if self.rank == root else target.commit()
 
-            return Call(describe("broadcast", target, root, algorithm), work, (target.array,))
+            return Call(describe("broadcast", target, root, algorithm), work, opened(target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -206,7 +209,7 @@ class EvenCalls(Calls):
                 run.all_to_all(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(describe("all_to_all", source, algorithm), work, (source.array,))
+            return Call(describe("all_to_all", source, algorithm), work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 

@@ -21,6 +21,7 @@ from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
+from mpizero.memory.order import Touched
 from mpizero.progress import Handle, Messages, Worker, has_core, overlaps
 from mpizero.world import Device, holdings
 from mpizero.world.startup import load_mpi
@@ -260,8 +261,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         self,
         what: str,
         work: Callable[[Dispatch, Parts], Any],
-        arrays: Sequence[Any] = (),
-        stream: int | None = None,
+        touched: Touched,
         *,
         sure: bool = True,
         nbytes: int = 0,
@@ -271,12 +271,13 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
 
         The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
         it submits; ``what`` it is then gets compared only where that costs nothing.
-        ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
-        ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
-        that is not their size; for timelines and reports. ``prepare`` is carried out before it, in
-        its place of the order, and before other ranks may read the first of the arrays.
+        ``touched``: all memory that the work reads or writes, device memory with the stream on
+        which it is used: there the work is done after what is queued now, and before what is
+        queued after ``wait``. ``nbytes``: how much it is about, where that is not the first array's
+        size; for timelines and reports. ``prepare`` is carried out before it, in its place of the
+        order, and before other ranks may read the first of the arrays.
         """
-        call = Call(what, work, arrays, stream, nbytes=nbytes, fill=prepare)
+        call = Call(what, work, touched, nbytes=nbytes, fill=prepare)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 

@@ -23,10 +23,11 @@ from mpizero.collectives.ring import Ring
 from mpizero.collectives.transport import MpiTransport, cut_evenly
 from mpizero.collectives.tuning import Tuning
 from mpizero.errors import ArgumentError, MismatchError, in_words
-from mpizero.memory.arrays import empty_like
+from mpizero.memory.arrays import assign, empty_like, to_host
 from mpizero.memory.board import Board
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
-from mpizero.memory.staging import Run, fence, staged
+from mpizero.memory.order import Order, Touched
+from mpizero.memory.staging import Run, staged
 from mpizero.reduction import Operation
 from mpizero.world.device import CudaDevice, Device
 from mpizero.world.nodes import Nodes
@@ -70,6 +71,8 @@ class Dispatch:
         self._one_node = len(nodes) == 1
         self._rank, self._size = comm.rank, comm.size
         self._device = device
+        self._order: Order | None = None  # of the work being done, if it is on device memory
+        self._stream: Any = None  # on which this one's kernels run: its order is the ranks' own
         self._node_memory = node_memory
         self._cuda_aware = cuda_aware
         self._algorithms: dict[str, Algorithm] = {}
@@ -86,21 +89,33 @@ class Dispatch:
         if self.board is not None and self._node_shared is not None:
             self.plans = Plans(self.board, self._agreement, node_memory, self._node_shared)
 
-    def mark(self, arrays: Sequence[Any], stream: int | None = None) -> Any:
-        """What the submitting thread has queued on ``arrays``' device, as an event to wait for.
+    def order(self, touched: Touched) -> Order | None:
+        """The place of work on device memory among the streams, as the submitting thread sees it.
 
-        On CuPy's current stream, or on the raw ``stream`` of another library. None for the host.
+        None for the host.
         """
-        if any(self._device.is_device_array(array) for array in arrays):
-            return self._device.record(stream)
+        if any(self._device.is_device_array(array) for array in touched.arrays):
+            return Order(self._device, touched)
         return None
 
-    def run_after(self, event: Any, work: Callable[[], Any]) -> Any:
-        """Do ``work`` once what ``event`` marks has been done; device work is finished after."""
-        if event is None:
-            return work()
-        with fence(self._device, event):
-            return work()
+    @contextmanager
+    def in_order(self, order: Order | None) -> Iterator[None]:
+        """Around work: on device memory its kernels run in their place."""
+        if order is None:
+            yield
+            return
+        if self._stream is None:
+            self._stream = self._device.new_stream()
+        with order.section(self._stream):
+            before, self._order = self._order, order
+            try:
+                yield
+            finally:
+                self._order = before
+
+    def room(self, allocate: Callable[[], Any]) -> Any:
+        """Memory for a result that is to be the caller's, in the midst of its call."""
+        return allocate() if self._order is None else self._order.room(allocate)
 
     def agree(
         self, call: str, arrays: Sequence[Any] = (), items: Sequence[str] = (), sure: bool = False
@@ -240,10 +255,10 @@ class Dispatch:
 
             def use_on_device(rows: list[Any]) -> None:
                 total = empty_like(array, rows[0].shape, rows[0].dtype)
-                total.set(rows[0])
+                assign(total, rows[0])
                 use([total])
 
-            found.combine_block(array.get(), blocks, op, use_on_device)
+            found.combine_block(to_host(array), blocks, op, use_on_device)
         elif parts is not None and isinstance(found, NodeShared):
             found.combine_block_parts(parts, blocks, use)
         else:
@@ -253,9 +268,9 @@ class Dispatch:
         """See ``Algorithm.gather_blocks``; ``parts``: what ``agree`` has returned for the array."""
         found = self._for_blocks(array)
         if self._must_stage(array):
-            host = array.get()
+            host = to_host(array)
             found.gather_blocks(host, blocks)
-            array.set(host)
+            assign(array, host)
         elif parts is not None and isinstance(found, NodeShared):
             found.gather_blocks_parts(parts, blocks)
         else:
@@ -315,7 +330,7 @@ class Dispatch:
         if self._size == 1:
             return _ALONE
         if name == "auto":
-            where = Place(self._one_node, lies_shared, self._device.is_device_array(array))
+            where = Place(self._one_node, lies_shared, self._on_device(array))
             name = choose(collective, array.nbytes, array.dtype, op, where, self._tuning)
             found = self._algorithms.get(name)
             if found is None or not found.offers(collective):
@@ -326,7 +341,7 @@ class Dispatch:
     def _for_blocks(self, array: Any) -> Algorithm:
         if self._size == 1:
             return _ALONE
-        if self._node_shared is not None and not self._device.is_device_array(array):
+        if self._node_shared is not None and not self._on_device(array):
             self.last_algorithm = NodeShared.name
             return self._node_shared
         self.last_algorithm = Ring.name
@@ -340,11 +355,11 @@ class Dispatch:
 
     def _host(self, array: Any) -> Any:
         """What MPI can take of ``array``: itself, or a copy of device memory on the host."""
-        return array.get() if self._must_stage(array) else array
+        return to_host(array) if self._must_stage(array) else array
 
     def _put(self, host: Any, array: Any) -> None:
         if host is not array:
-            array.set(host)
+            assign(array, host)
 
     @property
     def _direct(self) -> Direct:
@@ -352,7 +367,15 @@ class Dispatch:
         return self._blockwise
 
     def _must_stage(self, array: Any) -> bool:
-        return self._size > 1 and not self._cuda_aware and self._device.is_device_array(array)
+        return self._on_device(array) and self._size > 1 and not self._cuda_aware
+
+    def _on_device(self, array: Any) -> bool:
+        """RuntimeError for device memory which the work that is being done has not named."""
+        if not self._device.is_device_array(array):
+            return False
+        if self._order is None:
+            raise RuntimeError("device memory in work that was submitted without it")
+        return True
 
     def _stage(self, source: Any, target: Any, run: Run) -> None:
         if not isinstance(self._device, CudaDevice):
@@ -360,4 +383,4 @@ class Dispatch:
                 "a collective", "x", "an array on a GPU", "host memory",
                 "This rank has no CUDA device of its own (is CuPy installed?).",
             )  # fmt: skip
-        staged(self._device, None, source, target, run)
+        staged(self._device, source, target, run)

@@ -19,7 +19,7 @@ from typing import Any
 
 from mpizero.diagnostics import Lane, recorded, serve
 from mpizero.errors import ArgumentError
-from mpizero.progress.handle import Handle
+from mpizero.progress.handle import Handle, Order
 from mpizero.world import shared_cores
 from mpizero.world.group import Group
 
@@ -82,9 +82,9 @@ class Worker:
         self._submitted: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._pending: deque[Handle] = deque()
 
-    def submit(self, work: Callable[[], Any], what: str) -> Handle:
+    def submit(self, work: Callable[[], Any], what: str, order: Order | None = None) -> Handle:
         """Queue ``work``, which is described by ``what``, and return its handle."""
-        handle = Handle(work, self._advance, self._block, what)
+        handle = Handle(work, self._advance, self._block, what, order)
         if self._in_order:
             self._unfinished.add(handle)
         if self.threaded:
