@@ -44,10 +44,12 @@ SHAPES = [(3,), (4, 5), (), (3_000,), (0,), (7,)]
 class Site:
     """A World on a device, and a framework that computes there on a stream of its own."""
 
-    def __init__(self, order: str, aware: str) -> None:
+    def __init__(self, order: str, way: str) -> None:
         self.cupy = FakeCupy(order=order)
         self.world = World(mpizero.init().comm, CudaDevice(0, self.cupy))
-        assert self.world.cuda_awareness.enabled == (aware == "1")
+        assert self.world.cuda_awareness.enabled == (way == "direct")
+        ways = self.world.algorithms("all_reduce", on_device=True)
+        assert ("nccl" in ways) == (way == "nccl" or self.world.size == 1)
         self.compute = self.cupy.new_stream("framework")
 
     def stream(self) -> int:
@@ -67,12 +69,14 @@ class Site:
         return np.array(array.get(stream=self.compute), np.float32)
 
 
-@pytest.fixture(params=["late-staged", "late-direct", "early-staged", "early-direct"])
+@pytest.fixture(params=["late-staged", "early-direct", "late-nccl", "early-nccl"])
 def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     order, way = request.param.split("-")
-    monkeypatch.setenv("MPIZERO_CUDA_AWARE", aware := str(int(way == "direct")))
+    monkeypatch.setenv("MPIZERO_CUDA_AWARE", str(int(way == "direct")))
+    if way == "nccl":  # which wants a GPU for each rank, or so it must seem
+        monkeypatch.setenv("NCCL_HOSTID", str(mpizero.init().rank))
     monkeypatch.setattr(staging, "CHUNK_BYTES", 4096)
-    made = Site(order, aware)
+    made = Site(order, way)
     monkeypatch.setitem(sys.modules, "cupy", made.cupy)
     yield made
     made.world.close()

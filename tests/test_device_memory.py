@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mpizero.errors import ArgumentError
+from mpizero.memory import arrays
 from mpizero.memory import cuda_aware as awareness
 from mpizero.memory.arrays import assign, open_array, overlap, same_place
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware, probe_in_child
@@ -343,6 +344,28 @@ def test_results_whose_use_nobody_knows_are_there(
         array.flat.fill(3)
     order.wait()
     assert (own.host == 3).all()
+
+
+def test_memory_of_a_framework_is_used_on_its_stream(
+    monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
+) -> None:
+    """Also where it has become an array of CuPy's, whose current stream is another."""
+    monkeypatch.setattr(arrays, "_bridges", [])
+    framework = cupy.new_stream("framework")
+    arrays.register_bridge(lambda x: False, lambda x: x, lambda gpu: framework.ptr)
+    own = cupy.zeros((1, 4), np.float32)
+    memory = cupy.cuda.UnownedMemory(own.data.ptr, own.nbytes, own)
+    array = cupy.ndarray((1, 4), np.float32, cupy.cuda.MemoryPointer(memory, 0))
+    place = array.host
+    framework.add(lambda: np.copyto(place, numbers(1, 4)))
+    order = Order(device, opened(open_array(array, "f()", "x", writable=True)))
+    with order.section(device.new_stream()):
+        array += 1
+    order.wait()
+    found = np.empty((1, 4), np.float32)
+    framework.add(lambda: np.copyto(found, place))
+    framework.synchronize()
+    assert np.array_equal(found, numbers(1, 4) + 1)
 
 
 def test_device_memory_is_not_submitted_without_its_stream(cupy: FakeCupy) -> None:

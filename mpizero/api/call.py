@@ -198,13 +198,13 @@ class Caller:
         """Keep, and return, a plan for blocking all-reduces of arrays like this one."""
         return self._blocking.plan(array, op, algorithm, what)
 
-    def algorithms(self, collective: str) -> tuple[str, ...]:
+    def algorithms(self, collective: str, on_device: bool) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
-        return self._blocking.able(collective)
+        return self._blocking.able(collective, on_device)
 
-    def check_algorithm(self, name: str, collective: str) -> None:
-        """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""
-        self._blocking.check(name, collective)
+    def check_algorithm(self, name: str, collective: str, array: Any) -> None:
+        """Raise ArgumentError unless ``name`` is an algorithm for ``collective`` of ``array``."""
+        self._blocking.check(name, collective, array)
 
     def _refuse(self, error: Exception, asynchronous: bool) -> None:
         """Tell the others, who are in a call of theirs: it is a call of its own, to be counted."""

@@ -69,7 +69,7 @@ class EvenCalls(Calls):
             source = self._open(x, "allreduce()", "x", writable=out is None)
             target = source if out is None else self._open(out, "allreduce()", "out", writable=True)
             check_form("allreduce()", target, source.shape, source.dtype, source)
-            self._caller.check_algorithm(algorithm, "all_reduce")
+            self._caller.check_algorithm(algorithm, "all_reduce", source.array)
             combine = operation(op, source.dtype, self.size, "allreduce()")
             what = describe("allreduce", source, op, algorithm)
             plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
@@ -127,7 +127,7 @@ class EvenCalls(Calls):
             source = self._open(x, "reduce_scatter()", "x", writable=False)
             shape = self._part_shape("reduce_scatter()", source)
             target = self._target("reduce_scatter()", source, out, shape)
-            self._caller.check_algorithm(algorithm, "reduce_scatter")
+            self._caller.check_algorithm(algorithm, "reduce_scatter", source.array)
             combine = operation(op, source.dtype, self.size, "reduce_scatter()")
 
             def work(run: Dispatch, parts: Parts) -> Any:
@@ -154,7 +154,7 @@ class EvenCalls(Calls):
             first, *rest = source.shape or (1,)
             shape = (self.size * first, *rest)
             target = self._target("allgather()", source, out, shape, own_part=True)
-            self._caller.check_algorithm(algorithm, "all_gather")
+            self._caller.check_algorithm(algorithm, "all_gather", source.array)
 
             in_place = self.size > 1 and overlap(source.flat, target.flat)
             blocks = cut_evenly(target.flat.size, self.size)
@@ -180,7 +180,7 @@ class EvenCalls(Calls):
         def prepare() -> Call:
             self._check_rank("broadcast()", "root", root)
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
-            self._caller.check_algorithm(algorithm, "broadcast")
+            self._caller.check_algorithm(algorithm, "broadcast", target.array)
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.broadcast(target.flat, root, algorithm)
@@ -203,7 +203,7 @@ class EvenCalls(Calls):
             source = self._open(x, "all_to_all()", "x", writable=False)
             self._part_shape("all_to_all()", source)
             target = self._target("all_to_all()", source, out, source.shape)
-            self._caller.check_algorithm(algorithm, "all_to_all")
+            self._caller.check_algorithm(algorithm, "all_to_all", source.array)
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.all_to_all(source.flat, target.flat, algorithm)

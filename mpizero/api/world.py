@@ -46,7 +46,8 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
 
     ``asynchronous=True`` returns a Handle at once; ``handle.wait()`` returns what the call would
     have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring",
-    "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several).
+    "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several); of arrays on
+    GPUs also "nccl".
     """
 
     def __init__(
@@ -199,9 +200,13 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
             self._parts[name] = self._world_of(comm, threaded=threaded)
         return self._parts[name]
 
-    def algorithms(self, collective: str) -> tuple[str, ...]:
-        """The algorithms that there are for a collective ("all_reduce", ...) in this world."""
-        return tuple(self._caller.algorithms(collective))
+    def algorithms(self, collective: str, *, on_device: bool = False) -> tuple[str, ...]:
+        """The algorithms that there are for a collective ("all_reduce", ...) in this world.
+
+        Of host arrays, or those ``on_device``: "nccl" enqueues work on streams, the others touch
+        the host.
+        """
+        return tuple(self._caller.algorithms(collective, on_device))
 
     def native_allreduce(self, array: Any) -> Callable[[], None]:
         """The MPI library's all-reduce of ``array``, in place, as mpi4py calls it: to compare."""
@@ -343,6 +348,8 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         if self.closed:
             return
         self._worker.abandon(error)
+        for dispatch in self._caller.dispatches:
+            dispatch.abandon()
         if self._node is not None:
             self._node.abandon(error)
         while self._parts:

@@ -21,7 +21,7 @@ from mpizero.engine.partition import Space
 from mpizero.engine.shard_group import ShardGroup
 from mpizero.memory.arrays import StreamOf, assign, empty_like, on_device, to_host
 from mpizero.memory.dtypes import is_half
-from mpizero.memory.order import on_stream
+from mpizero.memory.order import NOTHING, on_stream
 from mpizero.progress import Handle
 from mpizero.reduction.half import narrow, widen
 
@@ -134,9 +134,7 @@ class ParameterMemory:
     def settle(self) -> None:
         """All ranks have stored: from here on everyone may read. Collective."""
         self._group.inner.submit(
-            "storing parameters",
-            lambda run, parts: run.barrier(),
-            on_stream(self._stream, *self._flats, counterpart=False),
+            "storing parameters", lambda run, parts: run.barrier(), NOTHING
         ).wait()
 
     def publish(self, spaces: Collection[int] | None = None) -> None:
@@ -156,9 +154,11 @@ class ParameterMemory:
             self.settle()
             return
         for at in updated:
-            send = self._group.publish if self._is_common[at] else self._group.gather
-            where = _places(self._spaces[at])
-            send("updated parameters", self._flats[at], where, self._stream).wait()
+            flat, where = self._flats[at], _places(self._spaces[at])
+            if self._is_common[at]:
+                self._group.publish("updated parameters", flat, where).wait()
+            else:
+                self._group.gather("updated parameters", flat, where, self._stream).wait()
 
     def collect(self, space: int, index: int, root: int | None = None) -> Any:
         """A parameter (1-D, whole) as the optimizer keeps it: float32 where there are masters.

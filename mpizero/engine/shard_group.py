@@ -18,7 +18,7 @@ from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import StreamOf, empty_like
 from mpizero.memory.dtypes import is_half
-from mpizero.memory.order import on_stream
+from mpizero.memory.order import NOTHING, on_stream
 from mpizero.progress import Handle
 from mpizero.reduction.operation import SUM
 
@@ -176,11 +176,7 @@ class ShardGroup:
             run.gather_blocks(flat[place], self.regions(blocks), rows)
 
     def publish(
-        self,
-        what: str,
-        flat: Any,
-        segments: Sequence[tuple[slice, Sequence[slice]]],
-        stream: StreamOf,
+        self, what: str, flat: Any, segments: Sequence[tuple[slice, Sequence[slice]]]
     ) -> Handle:
         """The same where ``flat`` is one memory of all inside ranks: only counterparts send."""
 
@@ -189,7 +185,7 @@ class ShardGroup:
                 self._gather_across(what, flat[place], blocks)
             run.barrier()
 
-        return self.inner.submit(what, work, on_stream(stream, flat, counterpart=False))
+        return self.inner.submit(what, work, NOTHING)  # that is host memory
 
     def _gather_across(
         self, what: str, segment: Any, blocks: Sequence[slice], sure: bool = True

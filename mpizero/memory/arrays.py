@@ -26,8 +26,11 @@ class _Bridge:
 
     owns: Callable[[object], bool]
     as_array: Callable[[Any], Any]
-    stream: Callable[[Any], int | None] | None
+    stream: Callable[[int], int] | None
 
+
+# How CuPy calls memory of its own; what comes from other libraries has other names.
+_OF_CUPY = ("PooledMemory", "Memory", "MemoryAsync", "ManagedMemory")
 
 _bridges: list[_Bridge] = []
 
@@ -40,12 +43,12 @@ _ALLOWED = (
 def register_bridge(
     owns: Callable[[object], bool],
     as_array: Callable[[Any], Any],
-    stream: Callable[[Any], int | None] | None = None,
+    stream: Callable[[int], int] | None = None,
 ) -> None:
     """Let objects for which ``owns(x)`` holds come in as ``as_array(x)``, sharing their memory.
 
-    ``stream(x)``: the raw CUDA stream on which this thread computes with such arrays, or None for
-    those of the host. A framework that does not say gets its results when they are there.
+    ``stream(gpu)``: the raw CUDA stream on which this thread computes with such arrays on that GPU.
+    A framework that does not say gets its results when they are there.
     """
     _bridges.append(_Bridge(owns, as_array, stream))
 
@@ -195,13 +198,21 @@ def _as_array(x: Any, function: str, argument: str) -> Any:
 
 
 def _stream_of(x: Any, array: Any) -> StreamOf | None:
-    """On which stream the device array's owner uses it; None: nobody knows."""
-    if x is array:  # CuPy's own: its current stream
-        return lambda: None
-    for bridge in _bridges:
-        if bridge.owns(x):
-            return None if bridge.stream is None else partial(bridge.stream, x)
-    return None
+    """On which stream the device array's owner uses it; None: nobody knows.
+
+    An array of CuPy's over memory of a framework's is used on that one's stream as well.
+    """
+    gpu = array.device.id
+    if x is not array:
+        for bridge in _bridges:
+            if bridge.owns(x):
+                return None if bridge.stream is None else partial(bridge.stream, gpu)
+        return None
+    if type(array.data.mem).__name__ not in _OF_CUPY:
+        for bridge in _bridges:
+            if bridge.stream is not None:
+                return partial(bridge.stream, gpu)
+    return lambda: None
 
 
 def _as_cupy(x: Any) -> Any:

@@ -272,6 +272,27 @@ class CudaDevice(Device):
             for stream in {current, self._stream.ptr, self._uploads.ptr}:
                 self.wait(self._mark(stream))
 
+    def finish(self) -> None:
+        """Block until everything that has been queued on this device, by anybody, is done."""
+        with self._handle:
+            self._handle.synchronize()
+
+    @property
+    def nccl(self) -> Any:
+        """CuPy's module of NCCL; None where there is no NCCL."""
+        found = getattr(self._cupy.cuda, "nccl", None)
+        if found is None:
+            try:
+                found = importlib.import_module("cupy.cuda.nccl")
+            except ImportError:
+                return None
+        return found if found.available else None
+
+    @property
+    def bus_id(self) -> str:
+        """Where the GPU is plugged in: what tells it from the others of its host."""
+        return str(self._handle.pci_bus_id)
+
     def _external(self, stream: int) -> Any:
         """Another library's stream as CuPy's."""
         if hasattr(self._cupy.cuda.Stream, "from_external"):  # since CuPy 14

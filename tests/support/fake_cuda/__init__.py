@@ -22,6 +22,7 @@ import numpy as np
 
 from support.fake_cuda.arrays import Array
 from support.fake_cuda.memory import Memory, MemoryPointer, Pool, UnownedMemory
+from support.fake_cuda.nccl import Nccl
 from support.fake_cuda.runtime import Runtime, SharedEvent
 from support.fake_cuda.streams import CUDARuntimeError, DeviceHandle, Event, Stream, Work
 
@@ -62,6 +63,7 @@ class FakeCupy:
             get_current_stream=lambda: self.current_stream,
             alloc_pinned_memory=self._alloc_pinned,
             runtime=Runtime(self),
+            nccl=Nccl(self),
         )
 
     # What a test does as the user's program would.

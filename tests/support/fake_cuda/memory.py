@@ -59,7 +59,7 @@ class Pool:
         self._free: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         self.in_use = 0
 
-    def malloc(self, nbytes: int) -> Block:
+    def malloc(self, nbytes: int) -> PooledMemory:
         if self._heap is None:
             self._heap = np.frombuffer(mmap.mmap(-1, _HEAP_BYTES), np.uint8)
         size = -(-max(nbytes, 1) // _UNIT) * _UNIT
@@ -73,9 +73,9 @@ class Pool:
                 raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
             self._heap[at : at + size] = FRESH
         self.in_use += size
-        return Block(self, self._heap[at : at + size], at, stream, self._device)
+        return PooledMemory(self, self._heap[at : at + size], at, stream, self._device)
 
-    def free(self, block: Block) -> None:
+    def free(self, block: PooledMemory) -> None:
         memory = block.memory
 
         def spoil() -> None:
@@ -87,7 +87,7 @@ class Pool:
         self.in_use -= memory.size
 
 
-class Block:
+class PooledMemory:
     """A piece of a pool: free again when nothing refers to it."""
 
     def __init__(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from support.fake_cuda.memory import map_file
-from support.fake_cuda.streams import CUDARuntimeError, Event, Stream, until
+from support.fake_cuda.streams import Behind, CUDARuntimeError, Event, Stream, until
 
 if TYPE_CHECKING:
     from support.fake_cuda import FakeCupy
@@ -73,9 +73,7 @@ class Runtime:
         elif event.stream is not None:
             source, position = event.stream, event.position
             # Behind a kernel that waits for another process this waits for it, too.
-            stream.add(
-                lambda: source.run_to(position), crossing=source.done < source.crossing <= position
-            )
+            stream.add(Behind(source, position), crossing=source.done < source.crossing <= position)
 
     def streamSynchronize(self, stream_ptr: int) -> None:  # noqa: N802
         self._cupy.stream_at(stream_ptr).synchronize()

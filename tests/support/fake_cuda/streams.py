@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,18 +49,26 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(NAP_SECONDS)
 
 
+@dataclass(frozen=True)
+class Behind:
+    """In a stream's queue: what follows waits for another stream."""
+
+    source: Stream
+    position: int
+
+
 class Stream:
     """Work in order. ``eager`` ones, a framework's that computes on the host, run it at once."""
 
     def __init__(self, cupy: FakeCupy, name: str, device: int, ptr: int) -> None:
         self._cupy, self.name, self.device, self.ptr = cupy, name, device, ptr
-        self.queue: list[Work | None] = []
+        self.queue: list[Work | Behind | None] = []
         self.done = 0
         self.crossing = -1  # up to where it must not be run by way of something else
         self.eager = False
         self._running = threading.RLock()
 
-    def add(self, work: Work, *, crossing: bool = False) -> None:
+    def add(self, work: Work | Behind, *, crossing: bool = False) -> None:
         """Queue ``work``; ``crossing``: it waits for other processes, or they for it."""
         self._cupy.raise_errors()
         self.queue.append(work)
@@ -72,16 +81,26 @@ class Stream:
             timer.start()
 
     def run_to(self, position: int) -> None:
-        with self._running:
-            while self.done < position:
-                if self._cupy.order == "early":
-                    self._cupy.run_others(self)
-                if self.done >= position:
-                    return
-                work, self.queue[self.done] = self.queue[self.done], None
-                self.done += 1
-                if work is not None:
-                    work()
+        # What is waited for of other streams runs while this one is not held: threads that hold one
+        # each would wait for each other.
+        while self.done < position:
+            if self._cupy.order == "early":
+                self._cupy.run_others(self)
+            at = self.done
+            if at >= position:
+                return
+            work = self.queue[at]
+            if isinstance(work, Behind):
+                work.source.run_to(work.position)
+            with self._running:
+                if self.done != at:
+                    continue
+                try:
+                    if work is not None and not isinstance(work, Behind):
+                        work()
+                finally:
+                    self.queue[at] = None
+                    self.done = at + 1
 
     def run_if_free(self) -> None:
         """What is queued now, unless it would wait, or another thread is at it."""
@@ -168,6 +187,7 @@ class DeviceHandle:
     def __init__(self, cupy: FakeCupy, index: int) -> None:
         self._cupy, self.id = cupy, index
         self.compute_capability = "90"
+        self.pci_bus_id = f"0000:{index:02x}:00.0"
 
     def use(self) -> DeviceHandle:
         self._cupy.current_device = self.id
