@@ -124,6 +124,28 @@ def test_buckets(site: Site, dtype: Any, weighed: bool) -> None:
                 )
 
 
+@several_ranks
+def test_the_host_does_not_wait_for_buckets(site: Site) -> None:
+    """Where what is reduced is enqueued: between the first gradient and what uses the means."""
+    if "nccl" not in site.world.algorithms("all_reduce", on_device=True):
+        pytest.skip("MPI touches what it sends on the host")
+    lane = take_lane(site.world)
+    reducer = GradientReducer(lane, specs(np.float32), site.allocate, stream=site.stream)
+    for step in range(4):
+        site.cupy.log.clear()
+        reducer.open(reducer.plan(Weight(), kept=False))
+        for index in range(5, -1, -1):
+            site.put(gradient(index, site.world.rank, step), reducer.view(index))
+            reducer.ready(index)
+        reducer.close()
+        assert site.cupy.host_waits() == 0
+        np.testing.assert_allclose(
+            site.read(reducer.view(3)),
+            sum(gradient(3, r, step) for r in range(site.world.size)) / site.world.size,
+            rtol=1e-6,
+        )
+
+
 @ranks
 @both_dtypes
 @pytest.mark.parametrize("whole", [True, False], ids=["stage 1", "stage 2"])

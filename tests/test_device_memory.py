@@ -350,10 +350,11 @@ def test_memory_of_a_framework_is_used_on_its_stream(
     monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
 ) -> None:
     """Also where it has become an array of CuPy's, whose current stream is another."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(arrays, "_bridges", [])
     framework = cupy.new_stream("framework")
     arrays.register_bridge(lambda x: False, lambda x: x, lambda gpu: framework.ptr)
-    own = cupy.zeros((1, 4), np.float32)
+    own = cupy.empty((1, 4), np.float32)
     memory = cupy.cuda.UnownedMemory(own.data.ptr, own.nbytes, own)
     array = cupy.ndarray((1, 4), np.float32, cupy.cuda.MemoryPointer(memory, 0))
     place = array.host

@@ -40,6 +40,10 @@ _NUMBERED = [np.dtype(each) for each in _DTYPES.values()]
 _OPERATIONS = [np.add, np.multiply, np.fmax, np.fmin]
 _ID_BYTES = 128
 
+# Who has come to the end of a group has seen all ranks begin it; they may be reading the first of
+# its calls yet, of which there are no more than ranks.
+_KEPT = 8
+
 
 class NcclError(RuntimeError):
     """As CuPy's."""
@@ -208,8 +212,8 @@ class Communicator:
                 if len({each[:3] for each in found}) > 1:
                     raise NcclError(f"NCCL_ERROR_INVALID_USAGE: {[each[:3] for each in found]}")
                 put([np.frombuffer(each[3], dtype) for each in found])
-                if number > 1 and self._folder is not None:  # all have seen the one before last
-                    (self._folder / f"all.{number - 2}.{self._rank}").unlink(missing_ok=True)
+                if number >= _KEPT and self._folder is not None:
+                    (self._folder / f"all.{number - _KEPT}.{self._rank}").unlink(missing_ok=True)
 
             return receive
 
