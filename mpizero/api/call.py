@@ -202,6 +202,10 @@ class Caller:
         """The algorithms that offer ``collective``."""
         return self._blocking.able(collective, on_device)
 
+    def ways_of_devices(self) -> dict[str, str]:
+        """See ``World.device_ways``."""
+        return self._blocking.ways_of_devices()
+
     def check_algorithm(self, name: str, collective: str, array: Any) -> None:
         """Raise ArgumentError unless ``name`` is an algorithm for ``collective`` of ``array``."""
         self._blocking.check(name, collective, array)

@@ -208,6 +208,14 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         """
         return tuple(self._caller.algorithms(collective, on_device))
 
+    @property
+    def device_ways(self) -> dict[str, str]:
+        """The algorithms from GPU to GPU: "" for one that can be had, else why it cannot.
+
+        Empty where a rank has no GPU, or there is only one.
+        """
+        return dict(self._caller.ways_of_devices())
+
     def native_allreduce(self, array: Any) -> Callable[[], None]:
         """The MPI library's all-reduce of ``array``, in place, as mpi4py calls it: to compare."""
         mpi = load_mpi()
