@@ -12,6 +12,7 @@ tests of a rank count. Tests that end or abort the job belong in a launch of the
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -77,8 +78,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """All ranks must run the same tests in the same order, or they wait for each other for ever."""
+    """All ranks must run the same tests in the same order, or they wait for each other for ever.
+
+    What is there before the first test stays to the end: looking through a million such objects
+    whenever garbage is collected would be most of what many a test takes.
+    """
     mine = [item.nodeid for item in session.items]
     of_all = session.config.stash[_COMM].allgather((mine, session.testsfailed))
     tests, failed = of_all[0]
@@ -86,6 +92,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if theirs != tests or theirs_failed != failed:
             differing = sorted(set(theirs) ^ set(tests)) or "their order, or what failed to import"
             pytest.exit(f"ranks 0 and {rank} collected different tests: {differing}", returncode=4)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
