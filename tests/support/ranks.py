@@ -13,6 +13,7 @@ tests of a rank count. Tests that end or abort the job belong in a launch of the
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -92,6 +93,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if theirs != tests or theirs_failed != failed:
             differing = sorted(set(theirs) ^ set(tests)) or "their order, or what failed to import"
             pytest.exit(f"ranks 0 and {rank} collected different tests: {differing}", returncode=4)
+    if "torch" in sys.modules:
+        importlib.import_module("torch._dynamo")  # as the first optimizer would
     gc.collect()
     gc.freeze()
 
