@@ -95,8 +95,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             pytest.exit(f"ranks 0 and {rank} collected different tests: {differing}", returncode=4)
     if "torch" in sys.modules:
         importlib.import_module("torch._dynamo")  # as the first optimizer would
+        _seed_no_devices()
     gc.collect()
     gc.freeze()
+
+
+def _seed_no_devices() -> None:
+    """Where there are no devices, ``torch.manual_seed`` notes whole stacks for each of their kinds.
+
+    It does so in case that they come to be used, and takes a hundred times as long by it.
+    """
+    import torch
+
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        if not kind.is_available():
+            kind.manual_seed_all = lambda seed: None
 
 
 @pytest.hookimpl(wrapper=True)
