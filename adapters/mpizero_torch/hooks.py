@@ -296,8 +296,8 @@ class BackwardHooks(ABC):
         return trains and self._was_backward(under_way)
 
     def _was_backward(self, under_way: LocalPass) -> bool:
-        """Or were the gradients of some tensors asked for, as by ``autograd.grad``?"""
-        return under_way.node is not None and engine_runs.computes_everything(under_way.node)
+        """Or were the gradients of other tensors asked for, as by ``autograd.grad``?"""
+        return under_way.node is not None and engine_runs.is_for(self._parameters, under_way.node)
 
     def _forget_weights(self) -> None:
         """What was stated for the next backward pass has had its pass."""
