@@ -367,12 +367,17 @@ def times(gradient: torch.Tensor | None, factor: float) -> torch.Tensor | None:
 def check_dense(gradient: torch.Tensor, name: str) -> None:
     """Raise ArgumentError for gradients that cannot lie in flat memory."""
     if gradient.is_sparse or gradient.requires_grad:
-        given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
+        given, remedy = (
+            ("sparse", "Make the layer with sparse=False.")
+            if gradient.is_sparse
+            else ("differentiable (create_graph=True)", "Use torch.autograd.grad() for those.")
+        )
         raise ArgumentError(
             "backward()",
             "gradient",
             f"{given} for parameter '{name}'",
             "dense gradients without a graph of their own",
+            remedy,
         )
 
 
