@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mpi4py import MPI
@@ -107,7 +108,8 @@ def _seed_no_devices() -> None:
     """
     import torch
 
-    for kind in (torch.cuda, torch.xpu, torch.mtia):
+    for name in ("cuda", "xpu", "mtia"):
+        kind: Any = getattr(torch, name)
         if not kind.is_available():
             kind.manual_seed_all = lambda seed: None
 
