@@ -287,6 +287,25 @@ def test_what_a_section_reads_is_not_given_out_again(order: str) -> None:
     assert cupy.empty((1, 40), np.float32).data.ptr == address
 
 
+def test_memory_with_gaps_is_kept_until_it_is_written_back(
+    monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
+) -> None:
+    """Its user lets go of it, and nobody waits: who gets the memory next must find it quiet."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    whole = filled_by_kernel(cupy, numbers(4, 10))
+    array = open_array(whole[:, ::2], "f()", "x", writable=True)
+    order = Order(device, opened(array))
+    with order.section(device.new_stream()):
+        np.multiply(array.flat, 2, out=array.flat)
+        array.commit()
+    del whole, array, order
+    again = cupy.empty((4, 10), np.float32)
+    again.fill(-1)
+    assert (again.get() == -1).all()
+    cupy.cuda.Device(0).synchronize()
+    assert (again.get() == -1).all()
+
+
 @pytest.mark.parametrize("order", ["late", "early"])
 def test_room_for_a_result_is_the_callers(order: str) -> None:
     """Freed, it is given out in the order of the caller's stream: not before its last kernel."""

@@ -63,8 +63,10 @@ def opened(*arrays: OpenArray | None) -> Touched:
     given = [each for each in arrays if each is not None]
     there = [each for each in given if on_device(each.array)]
     streams = tuple(each.stream for each in there if each.stream is not None)
+    # What is worked on in a copy is written back: until then it must not be given out again either.
+    behind = [each.array for each in given if each.is_copy]
     return Touched(
-        tuple(each.flat for each in given),
+        (*(each.flat for each in given), *behind),
         streams or ((lambda: None,) if there else ()),
         blocking=len(streams) < len(there),
     )
