@@ -18,8 +18,10 @@ import atexit
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +98,9 @@ class PooledMemory:
         self._pool, self.memory, self.at, self.stream = pool, memory, at, stream
         self.device_id, self.ptr, self.size = device, memory.ctypes.data, memory.size
 
-    def __del__(self) -> None:
-        self._pool.free(self)
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            self._pool.free(self)
 
 
 class Memory:
@@ -115,8 +118,8 @@ class Memory:
         self._unname = weakref.finalize(self, _unlink, self._path)
         atexit.register(_unlink, self._path)
 
-    def __del__(self) -> None:
-        if getattr(self, "_memory", None) is not None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "_memory", None) is not None and not is_finalizing():
             self._cupy.synchronize_device(self.device_id)
             self._memory[...] = FREED
             self._cupy.allocations.pop(self.ptr, None)
