@@ -236,7 +236,16 @@ def test_an_exception_beside_a_thread_that_communicates_ends_the_job() -> None:
     assert "[rank 1] ValueError: the learning rate" in result.stderr
 
 
-@pytest.mark.parametrize(("leave", "status"), [("exit(3)", 3), ("sys.exit('no data')", 1)])
+@pytest.mark.parametrize(
+    ("leave", "status"),
+    [
+        ("exit(3)", 3),
+        ("sys.exit('no data')", 1),
+        ("raise SystemExit(3)", 3),
+        ("raise type('Mine', (SystemExit,), {})(4)", 4),
+        ("import argparse; argparse.ArgumentParser().error('no data')", 2),
+    ],
+)
 def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
     program = (
         "import sys, time, mpizero\nw = mpizero.init()\n"
@@ -253,8 +262,12 @@ def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
     [
         "try:\n    sys.exit(2)\nexcept SystemExit as error:\n    assert error.code == 2\n",
         "t = threading.Thread(target=sys.exit, args=(2,))\nt.start()\nt.join()\n",
+        "e = SystemExit(2)\nassert e.code == 2\ne.code = 3\nassert (e.code, e.args) == (3, (2,))\n"
+        "try:\n    raise e\nexcept SystemExit:\n    pass\n",
+        "import code\ntry:\n    code.InteractiveInterpreter().runsource('raise SystemExit(2)')\n"
+        "except SystemExit as error:\n    print(error.code)\n",
     ],
-    ids=["caught", "of a thread"],
+    ids=["caught", "of a thread", "changed", "of a shell"],
 )
 def test_an_exit_that_the_program_survives_is_none(survived: str) -> None:
     program = f"import sys, threading, mpizero\nw = mpizero.init()\n{survived}w.barrier()\n"
