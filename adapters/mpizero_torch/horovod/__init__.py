@@ -7,6 +7,7 @@ Names, arguments and meaning are those that Horovod's documentation gives (versi
 
 from __future__ import annotations
 
+from mpizero import RankDiedError as HorovodInternalError  # what a recoverable failure is
 from mpizero_torch.horovod import elastic
 from mpizero_torch.horovod.allgather import (
     allgather,
@@ -89,6 +90,7 @@ from mpizero_torch.horovod.reducescatter import (
     reducescatter_async,
 )
 from mpizero_torch.horovod.sparse import sparse_allreduce_async
+from mpizero_torch.horovod.timeline import start_timeline, stop_timeline
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "Average",
     "Compression",
     "DistributedOptimizer",
+    "HorovodInternalError",
     "Max",
     "Min",
     "ProcessSet",
@@ -159,5 +162,7 @@ __all__ = [
     "shutdown",
     "size",
     "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
     "synchronize",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +21,12 @@ Named = list[tuple[str, nn.Parameter]]
 Groups = int | Sequence[Sequence[nn.Parameter]] | None
 
 _NAME = "hvd.DistributedOptimizer()"
+
+_TWICE = (
+    "optimizer.step() called without optimizer.skip_synchronize() context after "
+    "optimizer.synchronize(). Gradients that have been reduced are not reduced again here; in "
+    "Horovod that would be done, and take time: put `with optimizer.skip_synchronize():` around it."
+)
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
@@ -51,7 +58,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
     gradient_predivide_factor : with Average, gradients are divided by it before they are summed,
         and the sum is divided by size over it.
     num_groups, groups : taken; gradients are reduced in buckets anyway.
-    sparse_as_dense : make sparse gradients dense; by default they are gathered.
+    sparse_as_dense : reduce sparse gradients as dense ones; by default they are gathered. The
+        optimizer gets sparse ones back.
     process_set : the ranks that train together; on others this is a plain optimizer.
 
     Collective. Raises ArgumentError for names that are doubled or missing, and for options that do
@@ -179,8 +187,11 @@ class _Reduced(_Distributed):
 
         The gradients of a ``closure`` are reduced each time that it is called.
         """
-        if self._waits_in_step and closure is None and not self._has_reduced():
-            self.synchronize()
+        if self._waits_in_step and closure is None:
+            if self._is_reduced:
+                warnings.warn(_TWICE, stacklevel=2)
+            if not self._has_reduced():
+                self.synchronize()
         self._is_reduced = False
         if closure is None or not self._waits_in_step:
             return self._hvd_step(closure)
