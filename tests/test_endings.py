@@ -139,6 +139,28 @@ def test_the_singleton_trap_stops_the_job() -> None:
     assert "every rank would train alone" in result.stderr
 
 
+def test_an_error_that_a_shell_shows_ends_nothing() -> None:
+    """As in a cell of a notebook, or at a prompt; the last one is nobody's."""
+    program = (
+        "import code, os, sys, mpizero\nw = mpizero.init()\n"
+        "shell = code.InteractiveInterpreter()\n"
+        "if w.rank == 1:\n    shell.runsource('1 / 0')\n"
+        "shell.runsource('import no_such_module')\n"
+        "w.barrier()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n    raise ValueError('of a child')\n"
+        "assert os.waitpid(pid, 0)[1] != 0\n"
+        "w.barrier()\nprint('all there')\nsys.stdout.flush()\n"
+        "if w.rank == 1:\n    raise ValueError('the last one')\n"
+        "w.barrier()\n"
+    )
+    result, _ = run(2, program)
+    assert result.stdout.count("all there") == 2, result.stderr
+    assert "[rank 1] ZeroDivisionError" in result.stderr
+    assert result.stderr.count("ModuleNotFoundError") == 2
+    assert result.returncode != 0 and "[rank 1] ValueError: the last one" in result.stderr
+
+
 def test_torchrun_is_no_launcher_for_us() -> None:
     """Each of its processes would train alone, and save over the others' checkpoints."""
     program = (

@@ -46,9 +46,17 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
     _installed = True
     python_excepthook = sys.excepthook
 
+    own_process = os.getpid()
+
     def end_job(
         kind: type[BaseException], error: BaseException, where: TracebackType | None
     ) -> None:
+        if os.getpid() != own_process:  # a forked child's error is its own
+            python_excepthook(kind, error, where)
+            return
+        if _program_goes_on():
+            _report(comm.rank, kind, error, where)
+            return
         if issubclass(kind, KeyboardInterrupt):  # Ctrl-C reaches every rank; the launcher ends all
             python_excepthook(kind, error, where)
         else:
@@ -95,6 +103,17 @@ def expect_exit(status: int) -> None:
     """All ranks are about to ``sys.exit(status)``: none of them has failed by that."""
     global _expected_status
     _expected_status = status
+
+
+def _program_goes_on() -> bool:
+    """Has the program itself called the hook, as an interactive shell does to show an error?
+
+    When the program has died of an error nothing is left of it but hooks.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == "<module>" or frame.f_globals.get("__name__") == "runpy"
 
 
 def _end_all(comm: MPI.Intracomm, status: int) -> None:

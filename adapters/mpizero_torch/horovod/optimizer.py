@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, MpizeroError
+from mpizero import ArgumentError, MpizeroError, World
 from mpizero_torch.horovod.compression import Compression, Compressor
 from mpizero_torch.horovod.gradients import Gradients
+from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import Adasum, Average, ReduceOp, Sum
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
 from mpizero_torch.horovod.reduce import Reduction, submit_allreduce
@@ -65,8 +66,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
     Collective. Raises ArgumentError for names that are doubled or missing, and for options that do
     not go together; MismatchError if parameters differ between ranks.
     """
-    takes_part = process_set.included()
-    with process_set.world.together(_NAME) if takes_part else nullcontext():
+
+    def make() -> Any:
         _check(op, gradient_predivide_factor, backward_passes_per_step, num_groups, groups)
         names = _names(optimizer, named_parameters)
         base = type(optimizer)
@@ -87,6 +88,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
             sparse_as_dense,
         )
         return new
+
+    def together(world: World) -> Any:
+        with world.together(_NAME):
+            return make()
+
+    if not process_set.included():
+        return make()
+    # By name, like all that the ranks do together: other threads may be at it, too.
+    negotiation = process_set.negotiation
+    name = negotiation.name("DistributedOptimizer", None)
+    return negotiation.submit(Handle("DistributedOptimizer", name, "an optimizer", together)).wait()
 
 
 class _Distributed(torch.optim.Optimizer):
