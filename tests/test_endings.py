@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,25 @@ def test_the_singleton_trap_stops_the_job() -> None:
     )  # fmt: skip
     assert result.returncode != 0
     assert "every rank would train alone" in result.stderr
+
+
+def test_ranks_that_were_spawned_and_merged_work_together(tmp_path: Path) -> None:
+    program = tmp_path / "spawns.py"
+    program.write_text(
+        "import sys\nfrom mpi4py import MPI\nimport numpy as np, mpizero\n"
+        "parent = MPI.Comm.Get_parent()\n"
+        "if parent == MPI.COMM_NULL:\n"
+        "    parent = MPI.COMM_SELF.Spawn(sys.executable, [__file__], maxprocs=2)\n"
+        "    merged = parent.Merge(False)\n"
+        "else:\n    merged = parent.Merge(True)\n"
+        "world = mpizero.init(merged)\n"
+        "shared = world.allocate(4, 'float32')\nshared[:] = world.rank + 1\n"
+        "for x in (np.ones(2), np.ones(1 << 20), shared):\n    world.allreduce(x)\n"
+        "assert shared[0] == 6 and world.gather_objects(world.rank) == [0, 1, 2]\n"
+        "if world.rank == 0:\n    print('sum', x[0], world.size)\n"
+    )
+    result = mpirun(1, program)
+    assert result.stdout.strip() == "sum 6.0 3", result.stderr
 
 
 def test_an_error_that_a_shell_shows_ends_nothing() -> None:
