@@ -88,7 +88,7 @@ def test_with_a_timeout_of_zero_nothing_ends_a_job_for_waiting() -> None:
         "(mine if w.rank else other).barrier()\n"
     )
     result = mpirun(2, program, env={"MPIZERO_TIMEOUT": "0"})
-    assert result.returncode in (3, 3 << 8), result.stderr
+    assert result.returncode not in (0, 124), result.stderr
     assert "the ranks wait for each other in different calls. The job goes on" in result.stderr
     assert "ends here" not in result.stderr
 
