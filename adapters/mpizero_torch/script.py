@@ -24,7 +24,8 @@ def prepare(*, keep_backends: bool) -> World:
     if not keep_backends:
         take_all(BACKEND)
     if world.size > 1:
-        torch.multiprocessing.spawn = functools.partial(_spawn, world)
+        started: Any = torch.multiprocessing
+        started.spawn = functools.partial(_spawn, world)
     return world
 
 

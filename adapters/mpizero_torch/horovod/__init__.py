@@ -2,7 +2,8 @@
 
     import mpizero_torch.horovod as hvd      # was: import horovod.torch as hvd
 
-Names, arguments and meaning are those that Horovod's documentation gives (version 0.28).
+Names, arguments and meaning are those that Horovod's documentation gives (version 0.28). Operations
+may be submitted and waited for from several threads, where they have names.
 """
 
 from __future__ import annotations
