@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mpizero.api.one_thread import OneThread
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
@@ -87,6 +88,7 @@ class Caller:
         self.hold: Hold | None = None
         self._groups = {run.comm.py2f() for run in (self._blocking, self._background)}
         self._blocks = 0  # of ``telling`` that this rank is in
+        self.one_thread = OneThread()
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
         """Prepare a call, agree on it with the other ranks, and carry it out.
@@ -127,6 +129,14 @@ class Caller:
 
     def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
+        if self._alone or not self.one_thread.enter(call.description):
+            return self._start(call, asynchronous, sure)
+        try:
+            return self._start(call, asynchronous, sure)
+        finally:
+            self.one_thread.leave()
+
+    def _start(self, call: Call, asynchronous: bool, sure: bool) -> Any:
         run = self._background if asynchronous else self._blocking
         order = run.order(call.touched)
         lane = self._lanes.asynchronous if asynchronous else self._lanes.blocking

@@ -97,15 +97,20 @@ class EvenCalls(Calls):
 
     def _repeat(self, plans: Plans, plan: Plan, x: Any) -> None:
         """An all-reduce like one that came before: all has been looked up."""
-        lane = self._lanes.blocking
-        at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+        lane, one_thread = self._lanes.blocking, self._caller.one_thread
+        entered = one_thread.enter(plan.description)
         try:
-            plans.carry_out(plan, x)
-        except Exception as error:
-            self._caller.settle(error)
-            raise
+            at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+            try:
+                plans.carry_out(plan, x)
+            except Exception as error:
+                self._caller.settle(error)
+                raise
+            finally:
+                lane.end(at, plans.last_algorithm)
         finally:
-            lane.end(at, plans.last_algorithm)
+            if entered:
+                one_thread.leave()
 
     def reduce_scatter(
         self,

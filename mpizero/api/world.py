@@ -48,6 +48,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
     have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring",
     "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several); of arrays on
     GPUs also "nccl".
+
+    Threads: a World's calls come from one thread at a time. A second one is refused with
+    MpizeroError, unless the first has ended, or waits (in ``Thread.join()``, say): give each thread
+    a World of its own, by ``split(0)``. Messages (``send``, ``recv``) may come from any thread.
     """
 
     def __init__(
@@ -64,7 +68,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         self._lanes = lanes = Lanes.of(self, in_order)
         self._wants_thread = threaded
         overlapping = overlaps(self, wanted=in_order or threaded)
-        self._worker = Worker(overlapping, device.activate, lanes.waiting, in_order, has_core(self))
+        may_thread = self.thread_level == "multiple"
+        self._worker = Worker(
+            overlapping, device.activate, lanes.waiting, in_order, has_core(self), may_thread
+        )
         self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         name = holdings.new_name(self.comm)

@@ -18,7 +18,8 @@ class Order(Protocol):
 class Handle:
     """The result-to-be of an asynchronous operation.
 
-    Every rank must wait for its handles; the array must not be touched before.
+    Every rank must wait for its handles; the array must not be touched before. Any thread may wait
+    for it or ask whether it is done, several at a time.
     """
 
     def __init__(
