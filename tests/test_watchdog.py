@@ -417,6 +417,8 @@ def test_a_full_record_of_names_says_so() -> None:
 
 def _is_stale(name: str) -> bool:
     """Is it a file that no process has mapped (other jobs may run beside this test)?"""
+    if name.startswith("fake_cuda."):  # messages between ranks of tests without a GPU
+        return False
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             if name in maps.read_text():
