@@ -8,6 +8,7 @@ to that). In here is what a framework has to be told about:
   are ready, in a ``Lane`` of the ranks; ``Weight`` is how much a rank's count, ``ParameterSpec``
   what the core knows of a parameter;
 * sharding: ``balanced_owners`` and the ways to cut parameters among ranks;
+* data: ``ShardedBatches`` says which samples are a rank's, and how much its batch counts;
 * ``operation``, which raises ArgumentError for sums that there are not of a dtype;
 * ``thread_level``, for frameworks that call from threads of their own.
 """
@@ -28,6 +29,7 @@ from mpizero.engine import (
 from mpizero.layout import FlatLayout
 from mpizero.memory.arrays import register_bridge
 from mpizero.reduction.operation import operation
+from mpizero.sampling import ShardedBatches
 from mpizero.world.startup import thread_level
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "GradientSharder",
     "Lane",
     "ParameterSpec",
+    "ShardedBatches",
     "Weight",
     "balanced_owners",
     "cut_by_parameter",

@@ -169,6 +169,25 @@ def test_every_rank_keeps_its_part(world: mj.World) -> None:
     assert sum(world.gather_objects(mine)) == whole + 4 * (world.size - 1)  # the step counter
 
 
+@pytest.mark.parallel([1, 2, 3])
+def test_the_whole_state_and_a_rank_s_part_of_it(world: mj.World) -> None:
+    params = _in_float32(_params())
+    adam = optax.adam(0.1)
+    optimizer = mj.zero(adam)
+    gradients = jax.grad(_loss)(params, 1.0)
+    _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    _, expected = adam.update(gradients, adam.init(params), params)
+    whole = mj.whole_state(state)
+    jax.tree.map(_close, whole, expected)
+    assert jax.tree.structure(whole) == jax.tree.structure(expected)
+    found = mj.own_state(expected, optimizer.init(params))
+    jax.tree.map(_close, found, state)
+    with pytest.raises(mj.ArgumentError, match="'whole'"):
+        mj.own_state(adam.init({"other": params}), state)
+    with pytest.raises(mj.ArgumentError, match="'whole' is float32, shape"):
+        mj.own_state(jax.tree.map(lambda x: x[None], expected), state)
+
+
 @pytest.mark.parallel([2, 3])
 def test_gradients_that_differ_are_noticed_on_all_ranks(world: mj.World) -> None:
     params = _in_float32(_params())

@@ -19,15 +19,19 @@ from mpizero_jax.collectives import (
     broadcast,
     reduce_scatter,
 )
+from mpizero_jax.data import Batch, ShardedArrays, shard
 from mpizero_jax.gradients import grad, mean_gradients, value_and_grad
 from mpizero_jax.runtime import init
+from mpizero_jax.whole import own_state, whole_state
 from mpizero_jax.zero import ZeroState, zero
 
 __all__ = [
     "ArgumentError",
+    "Batch",
     "LaunchError",
     "MismatchError",
     "MpizeroError",
+    "ShardedArrays",
     "World",
     "ZeroState",
     "all_to_all",
@@ -37,7 +41,10 @@ __all__ = [
     "grad",
     "init",
     "mean_gradients",
+    "own_state",
     "reduce_scatter",
+    "shard",
     "value_and_grad",
+    "whole_state",
     "zero",
 ]

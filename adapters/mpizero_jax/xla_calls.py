@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -179,8 +182,7 @@ def _views(buffers: _Buffers, *, writable: bool) -> list[Any]:
     return [_view(each, writable=writable) for each in found if each.dtype != _TOKEN]
 
 
-@_HANDLER
-def _handler(frame_pointer: Any) -> int | None:
+def _handle(frame_pointer: Any) -> int | None:
     """Called by XLA, in any of its threads. An exception must not leave it."""
     frame = frame_pointer.contents
     try:
@@ -220,11 +222,9 @@ def _told(frame: Any, error: BaseException) -> int | None:
     return found
 
 
+@lru_cache(maxsize=1)
 def _version() -> tuple[int, int]:
     """The version of the interface, as the header says that came with this jaxlib."""
-    import re
-    from pathlib import Path
-
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (
         int(re.findall(rf"#define XLA_FFI_API_{name} (\d+)", header)[0])
@@ -233,4 +233,5 @@ def _version() -> tuple[int, int]:
     return major, minor
 
 
+_handler = _HANDLER(_handle)  # XLA calls it for as long as the process lives
 jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(_handler), platform="cpu")

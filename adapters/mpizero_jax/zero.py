@@ -173,7 +173,7 @@ def _update(
     found = iter(evaluate_part(whole, wanted, [*given, *here, *rest]))
     forms = [Form.of(aval) for aval in whole.out_avals]
     parts = [next(found) if own else None for own in wanted]
-    updates = _assembled(parts[: len(given)], forms, ownership.updates, given, world)
+    updates = assembled(parts[: len(given)], forms, ownership.updates, given, world)
     leaves = [
         _empty(form) if leaf is None else leaf
         for leaf, form in zip(parts[len(given) :], forms[len(given) :], strict=True)
@@ -212,7 +212,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
 
 
-def _assembled(
+def assembled(
     parts: Sequence[Any],
     forms: Sequence[Form],
     owners: Sequence[int],
@@ -225,8 +225,7 @@ def _assembled(
     shared = [at for at, owner in enumerate(owners) if owner != EVERYWHERE]
     wanted = tuple((forms[at].shape, np.dtype(forms[at].dtype), owners[at]) for at in shared)
     own = [parts[at] for at in shared if owners[at] == world.rank]
-    found = iter(bind(_Assemble(world, wanted), [_sample(gradients), *own]))
-    next(found)
+    found = iter(bind(_Assemble(world, wanted), [_sample(gradients), *own])[1:])
     return [next(found) if owner != EVERYWHERE else parts[at] for at, owner in enumerate(owners)]
 
 
