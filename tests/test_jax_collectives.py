@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import mpizero_jax as mj  # noqa: E402
 from mpizero_jax.ordered import Collective, bind  # noqa: E402
 from mpizero_jax.runtime import ranks  # noqa: E402
+from support.launch import mpirun  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +251,34 @@ def test_arguments_are_checked_where_the_call_is_written(world: mj.World) -> Non
         for call in (mj.reduce_scatter, mj.all_to_all):
             with pytest.raises(mj.ArgumentError, match="multiple of the 2 ranks"):
                 jax.jit(call)(jnp.ones(3))
+
+
+_SEVERAL_DEVICES = """
+import jax, jax.numpy as jnp
+jnp.ones(3).block_until_ready()  # programs are started asynchronously from here on
+import mpizero_jax as mj
+world = mj.init()
+try:
+    jax.pmap(mj.allreduce)(jnp.ones((2, 3)))
+except ValueError as error:
+    assert "mpizero_jax (for programs on one device" in str(error), error
+mean = jax.jit(lambda x: mj.allreduce(jnp.tanh(x @ x), "mean"))
+x, found = jnp.ones((300, 300)) / 300, []
+for _ in range(10):  # programs under way, calls of the World beside them
+    found += [mean(x), mj.allgather(x[:1])]
+    world.barrier()
+jax.block_until_ready(found)
+print("fine")
+"""
+
+
+@pytest.mark.once
+def test_several_devices_are_refused_and_programs_under_way_are_no_danger(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(_SEVERAL_DEVICES)
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    result = mpirun(2, [str(program)], timeout=200, env=env)
+    assert result.stdout.count("fine") == 2, result.stderr
 
 
 @pytest.mark.parallel([2, 3])

@@ -139,7 +139,11 @@ class _Mean(Collective):
             for at, result in enumerate(results[: self.values], 1):
                 result[...] = everyones[:, at].sum() / total
         if gradients:
-            buckets(self.world, specs).average(gradients, weight, results[self.values :])
+            try:
+                buckets(self.world, specs).average(gradients, weight, results[self.values :])
+            except Exception:
+                _buckets.pop((self.world, specs), None)  # they are in the midst of a pass
+                raise
 
     def derivative(
         self, operands: Sequence[Any], results: Sequence[Any], tangents: Sequence[Any]

@@ -31,8 +31,8 @@ from mpizero_jax import xla_calls
 class _InOrder(effects.Effect):  # type: ignore[misc]
     """Of everything that takes other ranks."""
 
-    def __str__(self) -> str:
-        return "mpizero"
+    def __repr__(self) -> str:  # jax names it where it refuses a program for several devices
+        return "a call of mpizero_jax (for programs on one device of a process)"
 
 
 _IN_ORDER = _InOrder()
