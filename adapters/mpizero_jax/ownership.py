@@ -82,7 +82,7 @@ def _check_apart(
         raise ArgumentError(
             "zero()", "transformation",
             "one in which the update of every parameter depends on the state of all others",
-            "one whose state can be parted among the ranks (all of Optax but those like lbfgs)",
+            "one whose state can be parted among the ranks (most of Optax: not lbfgs, not prodigy)",
             "Use it as it is, without zero().",
         )  # fmt: skip
 
