@@ -19,6 +19,7 @@ The layers, lowest first (a layer imports only from those above it in this list)
 ``checkpoint``     all of that on disk, and back on any number of ranks
 ``elastic``        going on when ranks die
 ``preemption``     leaving in time, when the scheduler is about to stop the job
+``adapting``       what adapters build on: their door to all of this
 ``measure``        timing collectives
 ``cli``            the command ``mpizero``
 =================  ==============================================================================
