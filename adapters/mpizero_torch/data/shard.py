@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from mpizero import ArgumentError, World
 from mpizero_torch.data.loader import ShardedLoader
-from mpizero_torch.data.sampler import ShardedSampler
+from mpizero_torch.data.reading import iterates_as_dataloader
+from mpizero_torch.data.sampler import ShardedSampler, refuse_dealt_dataset
 from mpizero_torch.data.stream import ShardedStream
 from mpizero_torch.runtime import init
 
@@ -72,6 +73,7 @@ def shard(
     world = world if world is not None else init()
     given = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "drop_last": drop_last,
              "speeds": speeds, **loader_options}  # fmt: skip
+    refuse_dealt_dataset(getattr(source, "dataset", source))
     if evaluation:
         _check_evaluation(source, drop_last)
     if isinstance(source, Sampler):
@@ -85,11 +87,11 @@ def shard(
         return ShardedLoader(
             source, world, shuffle=shuffle, seed=seed or 0, speeds=speeds, evaluation=evaluation
         )
-    if isinstance(source, IterableDataset):
+    if isinstance(source, IterableDataset) and not _is_loader(source):
         _allow(given, ("batch_size", "drop_last", *loader_options), "an IterableDataset")
         loader = _loader(source, batch_size, drop_last, loader_options)
         return ShardedStream(loader, world, evaluation=evaluation)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if not _is_loader(source) and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         loader = _loader(source, batch_size, drop_last, loader_options)
         if shuffle is None and not {"sampler", "batch_sampler"} & {*loader_options}:
             shuffle = not evaluation
@@ -122,9 +124,31 @@ def _is_stream(loader: DataLoader[Any]) -> bool:
     """True if only the loader itself can tell its batches."""
     if isinstance(loader.dataset, IterableDataset):
         return True
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    if not iterates_as_dataloader(loader):
+        _check_same_order(loader)
         return True
     return loader.batch_size is None and loader.batch_sampler is None
+
+
+def _is_loader(source: Any) -> bool:
+    """Does it give batches, though it calls itself a dataset?"""
+    return any(f"{kind.__module__}.{kind.__name__}" in _LOADERS for kind in type(source).__mro__)
+
+
+# By name: nothing of them is imported.
+_LOADERS = frozenset(["webdataset.pipeline.WebLoader", "webdataset.compat.WebLoader"])
+
+
+def _check_same_order(loader: DataLoader[Any]) -> None:
+    """Refuse one whose order would be drawn by each rank for itself: samples would be lost."""
+    sampler = loader.sampler
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+        raise ArgumentError(
+            "shard()", "source", f"a {type(loader).__name__}, whose own way to iterate each rank "
+            "must follow by itself, with an order that each rank draws at random",
+            "an order that is the same on all ranks",
+            "Seed it alike: RandomSampler(dataset, generator=torch.Generator().manual_seed(0)).",
+        )  # fmt: skip
 
 
 def _check_evaluation(source: Any, drop_last: bool | None) -> None:

@@ -15,7 +15,13 @@ from mpizero_torch.batch_weight import Loop
 from mpizero_torch.data.handed_out import HandedOut
 from mpizero_torch.data.plans import FollowedItems
 from mpizero_torch.data.position import Position
-from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
+from mpizero_torch.data.reading import (
+    ATTRIBUTES,
+    Reading,
+    Source,
+    iterates_as_dataloader,
+    loader_like,
+)
 from mpizero_torch.data.sampler import refuse_dealt
 from mpizero_torch.random_state import derive, unchanged
 from mpizero_torch.weighed_tensor import Outlet
@@ -188,7 +194,7 @@ class _Order:
         if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
             return None
         sampler = source.sampler
-        if type(source).__iter__ is not DataLoader.__iter__ or type(sampler) is SequentialSampler:
+        if not iterates_as_dataloader(source) or type(sampler) is SequentialSampler:
             return None
         refuse_dealt(sampler)
         return cls(source, world)
