@@ -24,6 +24,7 @@ from mpizero.checkpoint import files, mpi_io, progress, tree
 from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
 from support.killed_calls import dies
+from support.logged import Logged
 from support.placements import SEVERAL_NODES, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -322,24 +323,24 @@ def test_long_ones_are_told_of_on_rank_zero(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    logged: Logged,
 ) -> None:
     world = mpizero.init()
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_FIRST", -1.0)
     large = {"large": mpizero.ShardedState.scatter({"x": values()["large"]}, world)}
-    with caplog.at_level("INFO", "mpizero"):
+    with logged.at_level("INFO", "mpizero"):
         checkpoint.save(folder / "c", large, world)
         checkpoint.load(folder / "c", world)
-        said, logged = capfd.readouterr().err, [record.message for record in caplog.records]
+        said, told = capfd.readouterr().err, [*logged.messages]
         pending = checkpoint.save(folder / "d", large, world, asynchronous=True)
         assert pending is not None
         pending.wait()
     if world.rank == 0:
         assert "saving" in said and "loading" in said and "%," in said
-        assert len(logged) == 2 and "c saved: 0.012 GB" in logged[0] and "loaded" in logged[1]
-        assert "d saved: 0.012 GB" in caplog.records[-1].message
+        assert len(told) == 2 and "c saved: 0.012 GB" in told[0] and "loaded" in told[1]
+        assert "d saved: 0.012 GB" in logged.messages[-1]
     else:
-        assert said == "" and logged == []
+        assert said == "" and told == []
     assert "saving" not in capfd.readouterr().err  # nobody waits for one in the background
 
 

@@ -297,7 +297,7 @@ class GradientSharder(ReducedPasses):
         """Wait; which parameters have a gradient, and one that is left, on any rank?"""
         if self._opening is not None:
             told = self._opening.check()
-            if told.squared_marks * told.active != told.marks**2:
+            if told.marks_differ:
                 said = [self.described, hex(self.marks)]
                 self._world.agree(said, "the gradients to which a backward pass adds")
         for piece in self._segments:

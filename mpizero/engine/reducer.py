@@ -34,6 +34,8 @@ class GradientReducer(ReducedPasses):
     Parameters that no rank trains have no place in a bucket, and a bucket in which no rank trains
     any is not sent. ``reformed()``: parameters whose gradients are of another dtype now. Both these
     and what is trained for the first time get a place at the end of the pass that finds them.
+    ``mark()``: a number below 2^20 for what was done since the last pass; where the ranks' differ
+    ``told.marks_differ`` says so.
 
     Making a reducer is collective: parameters that differ between the ranks raise MismatchError,
     naming the first.
@@ -51,6 +53,7 @@ class GradientReducer(ReducedPasses):
         fill: Callable[[Bucket, Sequence[int]], Sequence[bool]] | None = None,
         trained: Callable[[], Sequence[bool]] | None = None,
         reformed: Callable[[], Mapping[int, ParameterSpec]] = dict,
+        mark: Callable[[], float] = float,
         divisor: float | None = None,
     ) -> None:
         super().__init__(lane, specs, stream, apart=False)
@@ -60,6 +63,7 @@ class GradientReducer(ReducedPasses):
         self._fill = fill
         self._trained_now = trained
         self._reformed_now = reformed
+        self._mark = mark
         self._divisor = divisor
         # The first pass learns in which order gradients come, and reduces at its end.
         self._order_is_final = self._world.size == 1
@@ -115,7 +119,8 @@ class GradientReducer(ReducedPasses):
             self._shadows, self._is_trained = False, trained
 
     def _own_news(self) -> dict[str, float]:
-        return {"late": float(len(self._late))}
+        mark = self._mark()
+        return {"late": float(len(self._late)), "marks": mark, "squared_marks": mark**2}
 
     def _trained(self) -> Sequence[bool]:
         trained = self._is_trained
