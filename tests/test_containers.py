@@ -48,4 +48,4 @@ def test_what_is_said_of_them() -> None:
     [alone] = found("Docker", size=1)
     assert "host's launcher" in alone.text
     [mixed] = found("Docker", "")
-    assert mixed.verdict == "look" and "Docker, none" in mixed.text and mixed.remedy
+    assert mixed.verdict == "look" and "none, Docker" in mixed.text and mixed.remedy
