@@ -27,7 +27,7 @@ def sync_metric(metric: Any, *, world: World | None = None) -> Any:
         return _gathered(state, world)
 
     modules = metric.modules() if isinstance(metric, torch.nn.Module) else ()
-    found = [each for each in modules if hasattr(each, "dist_sync_fn")]
+    found: list[Any] = [each for each in modules if hasattr(each, "dist_sync_fn")]
     if not found:
         raise ArgumentError(
             "sync_metric()", "metric", f"a {type(metric).__name__}", "a metric of torchmetrics"
