@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ copyright = "the authors of mpizero"
 release = version = mpizero.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
+if find_spec("sphinx_copybutton"):  # not everywhere where the pages are built
+    extensions.append("sphinx_copybutton")
 exclude_patterns = ["_build"]
 nitpicky = True  # a name in a docstring that leads nowhere is a warning, too
 
@@ -26,6 +29,7 @@ autodoc_typehints = "none"  # signatures stay readable; the docstrings say what 
 autodoc_class_signature = "mixed"
 
 html_theme = "furo"
+pygments_style = "default"  # in furo's own, added lines of a diff have no colour
 html_title = f"mpizero {version}"
 html_copy_source = False
 html_show_sphinx = False

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from mpizero import ArgumentError
 from mpizero.engine import Weight
 from mpizero_torch.weighed_batches import handed_on, marked, marks_in, stripped
-from mpizero_torch.weighed_tensor import Mark, Outlet, doubtful, following, joint, live, weighs
+from mpizero_torch.weighed_tensor import (
+    Mark,
+    Outlet,
+    doubtful,
+    following,
+    joint,
+    live,
+    outlets,
+    weighs,
+)
 
 IDLE = Weight(0.0, stated=True)  # of the filler batch of an idle rank, whatever is stated
 _UNIT = Weight()
@@ -41,7 +51,7 @@ class Loop:
     def __init__(self, outlet: Outlet, uneven: bool) -> None:
         self.weight = 1.0  # of the batch at hand
         self.mark: Mark | None = None
-        self._outlet = outlet
+        self._outlet, self._has_begun = outlet, False
         if uneven:
             with _lock:
                 _uneven.add(self)
@@ -54,12 +64,23 @@ class Loop:
     def hand_out(self, batch: Any, weight: float) -> Any:
         """The next batch, which is at hand from now on."""
         self.weight, self.mark = weight, None
+        if not self._has_begun:
+            self._has_begun = True
+            self._forget()
         with _lock:
             _open.add(self)
         if weight != 1.0 or _uneven or live:
             self.mark = Mark(weight, self._outlet)
             return marked(batch, self.mark)
         return batch
+
+    def _forget(self) -> None:
+        """What numbers there are of earlier loops: sums are of the last one, or of open ones."""
+        self._outlet.has_numbers = False
+        self._outlet.fillers.clear()
+        with _lock:
+            for each in () if _open else outlets:
+                each.fillers.clear()
 
     def end(self) -> None:
         """No batch is at hand any more."""
@@ -188,6 +209,7 @@ def of_value(value: Any) -> float:
         why = f"a number, while batches of {len(loops)} loops are at hand that weigh {found}"
         raise _unknown("mean()", "value", why, _STATE_IT)
     if not loops:
+        _check_after(lambda outlet: outlet.has_numbers, "mean()")
         return 1.0
     _check_at_hand(loops)
     return loops[0].weight
@@ -206,6 +228,47 @@ def _check_at_hand(loops: list[Loop]) -> None:
         raise _unknown("mean()", "value", why, _STATE_IT)
 
 
+def counted(value: Any) -> bool:
+    """False for a value of a filler batch, which no sum is to count.
+
+    Raises ArgumentError for what may be partly of one.
+    """
+    marks = marks_in(value) if live else []
+    if marks:
+        mark = joint(marks)
+        if mark.weight is None and any(each.weight == 0.0 for each in mark.of):
+            raise _unknown("sum()", "value", _several(mark), _COUNT_IT)
+        return mark.weight != 0.0
+    kinds = {"int"}
+    for each in map(torch.as_tensor, tree_leaves(value)):
+        if each.any():  # zeros are of nothing
+            kinds.add("float" if each.is_floating_point() else "size")
+    if len(kinds) == 1:
+        return True
+    _check_after(lambda outlet: not kinds.isdisjoint(outlet.fillers), "sum()")
+    return True
+
+
+def _check_after(is_of_it: Callable[[Outlet], bool], function: str) -> None:
+    """May a number be of batches that weigh other than 1, which are not at hand any more?"""
+    with _lock:
+        found = [outlet for outlet in outlets if is_of_it(outlet)]
+    if not found:
+        return
+    if function == "sum()":
+        why = "a number, while a filler, which a rank without samples got, has been counted"
+        raise _unknown(function, "value", f"{why}: this may be of it, or it may not", _COUNT_IT)
+    why = (
+        "a number after a loop whose batches, which were uneven, have been looked at as numbers: "
+        "it may be of them, or it may not"
+    )
+    raise _unknown(function, "value", why, f"{_STATE_IT} That is 1 for what is of no batch.")
+
+
+_COUNT_IT = (
+    "To evaluate, each sample once: mz.shard(loader, evaluation=True). Else let 0 stand for what "
+    "is of a batch with loader.weight == 0, and state that: mz.sum(value, weight=1)."
+)
 _STATE_IT = "Give the value as the tensor that was computed, or state its weight=."
 
 

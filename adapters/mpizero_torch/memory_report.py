@@ -56,20 +56,22 @@ class MemoryReport:
     kernel: int | None
 
     def __str__(self) -> str:
+        small = self.node.total < 10 << 20  # tenths of MiB would say nothing
+        unit, scale = ("KiB", 2**10) if small else ("MiB", 2**20)
         lines = [
-            f"memory of {self.strategy}, {self.elements:,} parameters (MiB)",
+            f"memory of {self.strategy}, {self.elements:,} parameters ({unit})",
             f"  {'':<18}{'a rank':>10}{'a node':>10}",
         ]
         for field in (*fields(Held), None):
             name = "total" if field is None else field.name
-            pair = [getattr(held, name) / 2**20 for held in (self.rank, self.node)]
+            pair = [getattr(held, name) / scale for held in (self.rank, self.node)]
             lines.append(f"  {name.replace('_', ' '):<18}{pair[0]:>10.1f}{pair[1]:>10.1f}")
         if self.formula is not None:
-            lines.append(f"  {'by the formula':<18}{self.formula / 2**20:>10.1f}")
-        lines.append(f"  of the node's, {self.shared / 2**20:.1f} in memory that its ranks share")
+            lines.append(f"  {'by the formula':<18}{self.formula / scale:>10.1f}")
+        lines.append(f"  of the node's, {self.shared / scale:.1f} in memory that its ranks share")
         if self.kernel is not None:
             lines.append(
-                f"  the kernel counts {self.kernel / 2**20:.0f} for the node's processes, "
+                f"  the kernel counts {self.kernel / scale:.0f} for the node's processes, "
                 "libraries and activations included"
             )
         return "\n".join(lines)

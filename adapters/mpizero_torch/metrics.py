@@ -25,7 +25,8 @@ def mean(value: Value, weight: float | None = None, *, world: World | None = Non
     counts with ``weight``: by default what the batch counts that a tensor was computed from, as
     ``mz.shard`` dealt it, or for a mere number the batch at hand of the loop that is open; so a
     short last batch, or an idle rank, does not bias the mean. Collective. NaN if all weights are
-    zero. Raises ArgumentError where it cannot be known, as with numbers in several loops at once.
+    zero. Raises ArgumentError where it cannot be known, as with numbers in several loops at once,
+    or after a loop whose uneven batches have been looked at as numbers.
     """
     total = _reduce(value, lambda: _own_weight(value, weight), world)
     return _rebuild(value, total[:-1] / total[-1])
@@ -34,20 +35,33 @@ def mean(value: Value, weight: float | None = None, *, world: World | None = Non
 def _own_weight(value: Value, weight: float | None) -> float:
     if weight is None:
         return batch_weight.of_value(value)
+    return _checked(weight, "mean()")
+
+
+def _checked(weight: float, function: str) -> float:
     given = builtins.float(weight)
     if not (math.isfinite(given) and given >= 0):
-        raise ArgumentError("mean()", "weight", str(given), "a finite number >= 0")
+        raise ArgumentError(function, "weight", str(given), "a finite number >= 0")
     return given
 
 
-def sum(value: Value, *, world: World | None = None) -> Any:
+def sum(value: Value, weight: float | None = None, *, world: World | None = None) -> Any:
     """The sum of ``value`` over the ranks, in float64 (integers are exact up to 2^53).
 
-    Takes and returns what ``mean`` does; integer numbers come back as int. Collective. The filler
-    batch of an idle rank counts like any other: give 0 for it, or use ``mean``.
+    Takes and returns what ``mean`` does; integer numbers come back as int. Collective. ``weight``
+    is a factor for this rank's value: by default 0 for a tensor that was computed from the filler
+    batch of a rank without samples, and 1 for all others. Raises ArgumentError where a filler may
+    be in it, as in a number after a loop in which a filler's samples have been counted: evaluate
+    with ``shard(loader, evaluation=True)``, or state the weight.
     """
-    total = _reduce(value, lambda: 1.0, world)
+    total = _reduce(value, lambda: _own_factor(value, weight), world)
     return _rebuild(value, total[:-1], integers=True)
+
+
+def _own_factor(value: Value, weight: float | None) -> float:
+    if weight is None:
+        return 1.0 if batch_weight.counted(value) else 0.0
+    return _checked(weight, "sum()")
 
 
 def _weighted(value: Value, weight: float) -> torch.Tensor:

@@ -23,10 +23,26 @@ from mpizero import ArgumentError
 
 
 class Outlet:
-    """Where batches come from; remembers those whose content has escaped for good."""
+    """Where batches come from; remembers those whose content has escaped for good.
 
-    def __init__(self) -> None:
+    ``evaluation``: of batches that nothing is trained on, so that no training input can be of them.
+    ``has_numbers``: numbers may be of its uneven batches, since a loop over it began; ``fillers``:
+    "float", "int" or "size", may be of a filler, since any loop began.
+    """
+
+    def __init__(self, evaluation: bool = False) -> None:
+        self.evaluation = evaluation
         self.escaped: dict[float | None, Mark] = {}
+        self.has_numbers = False
+        self.fillers: set[str] = set()
+
+    def note(self, kind: str, filler: bool) -> None:
+        """A number of that kind has been made of an uneven batch."""
+        self.has_numbers |= kind != "size"
+        if filler:
+            self.fillers.add(kind)
+        with _lock:
+            outlets.add(self)
 
 
 class Mark:
@@ -58,18 +74,31 @@ class Mark:
             return
         if torch.compiler.is_compiling():  # the compiler looks at the tensors that it is given
             return
+        outlet = self.outlet
+        if outlet is not None and self.weight is not None:
+            for kind, other in (("int", float), ("float", int)):
+                if not isinstance(holder, other):
+                    outlet.note(kind, self.weight == 0.0)
+        if outlet is not None and outlet.evaluation:
+            return
         self.escaped = self.escaped or how
         with _lock:
             doubtful.add(self)
         if not for_good:
             return
-        outlet = self.outlet
         if outlet is not None:
             outlet.escaped.setdefault(self.weight, self)
         if isinstance(holder, np.ndarray):
             weakref.finalize(holder, _nothing, self).atexit = False
 
+    def count(self) -> None:
+        """Its form was asked for: of a filler, that may be counted as if it were samples."""
+        outlet = self.outlet
+        if self.weight == 0.0 and outlet is not None and not torch.compiler.is_compiling():
+            outlet.note("size", True)
 
+
+outlets: weakref.WeakSet[Outlet] = weakref.WeakSet()  # of which there are numbers
 live: weakref.WeakSet[Mark] = weakref.WeakSet()
 doubtful: weakref.WeakSet[Mark] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -183,6 +212,9 @@ def _call(function: Any, types: Any, args: Any, kwargs: Any) -> Any:
     if asked in _QUESTIONS or (asked.startswith("is_") and asked != "is_nonzero"):
         with torch._C.DisableTorchFunctionSubclass():
             answer = function(*args, **kwargs)
+        if asked in _SIZES:
+            for each in _marked(args):
+                _mark(each).count()
         if not isinstance(answer, torch.Tensor) or isinstance(answer, WeighedTensor):
             return answer
         if asked == "_base":  # not a new tensor, but somebody's, who may know nothing of us
@@ -337,4 +369,5 @@ _QUESTIONS = frozenset([
     "size", "sparse_dim", "storage_offset", "stride", "type",
 ])
 # fmt: on
+_SIZES = frozenset(["__len__", "nelement", "numel", "shape", "size"])
 _HARMLESS = (type(None), str, torch.Size, torch.dtype, torch.device, torch.layout)

@@ -38,7 +38,7 @@ class Row:
     correct: bool
 
 
-@click.command()
+@click.command(short_help="Measure all-reduce by size and algorithm, beside the MPI's own.")
 @click.option("--from", "smallest", default="4", show_default=True, help="Smallest size in bytes.")
 @click.option("--to", "largest", default="64M", show_default=True, help="Largest size.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True)
@@ -75,6 +75,8 @@ def bench(
         outputs.check(json_file, _are_rows, "bench", "--json")
         outputs.check_picture(plot_file, "bench")
         click.echo(f"{world.size} ranks on {world.node_count} node(s), {dtype}, times in us")
+        if world.size == 1:
+            click.echo("One rank sends nothing: start it with mpirun -n ... to measure bandwidth.")
         click.echo(f"{'bytes':>12} {'algorithm':<18} {'time':>12} {'algbw':>8} {'busbw':>8}  GB/s")
     for nbytes in _sizes(_bytes(smallest), _bytes(largest)):
         for row in measure(world, nbytes, np.dtype(_DTYPES[dtype]), names, private, seconds):
@@ -107,7 +109,8 @@ def measure(
         works["MPI"] = world.native_allreduce(np.zeros(count, dtype))
     timed = seconds_of(world, works, seconds)
     for name, took in timed.items():
-        bandwidth = array.nbytes / took / 1e9
+        # One rank has nothing to move: there is no bandwidth to speak of.
+        bandwidth = array.nbytes / took / 1e9 if world.size > 1 else 0.0
         share = 2 * (world.size - 1) / world.size
         correct = name == "MPI" or _is_right(world, array, name)
         yield Row(array.nbytes, name, took * 1e6, bandwidth, bandwidth * share, correct)

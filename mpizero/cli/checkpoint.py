@@ -24,7 +24,7 @@ from mpizero.errors import MpizeroError
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(short_help="Look at a checkpoint, check it, or export its model.")
 def checkpoint() -> None:
     """Look at a checkpoint, check it, or export its model.
 

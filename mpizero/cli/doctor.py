@@ -12,7 +12,7 @@ from mpizero.doctor.timings import measure
 from mpizero.world.abort import expect_exit
 
 
-@click.command()
+@click.command(short_help="Look at MPI, launcher, binding, memory, GPUs and network.")
 @click.option("--json", "as_json", is_flag=True, help="For programs, with the facts behind it.")
 @click.option("--no-measure", is_flag=True, help="Leave the timing out.")
 def doctor(as_json: bool, no_measure: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ def write(path: Path, data: bytes, is_ours: IsOurs, command: str, option: str) -
 
 
 def check_picture(path: Path | None, command: str) -> None:
-    """``check``, for a picture."""
+    """``check``, for a picture, and whether it can be drawn."""
     if path is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise click.ClickException(
+                "--plot draws with matplotlib, which is not installed: pip install matplotlib"
+            )
         check(_named(path), outputs.is_marked, command, "--plot")
 
 

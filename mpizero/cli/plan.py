@@ -30,7 +30,7 @@ from mpizero.plan import (
 _GIGA, _MICRO = 1e9, 1e-6
 
 
-@click.command("plan")
+@click.command("plan", short_help="Will it fit, and how long will a step take?")
 @click.argument("model", required=False, metavar="[MODULE:FUNCTION]")
 @click.option("--parameters", type=number, help="How many the model has, such as 7e9.")
 @click.option("--layers", type=int, default=0, help="Of a transformer: for activations, flops.")
@@ -99,7 +99,11 @@ def plan_command(
     The model is given by its --parameters, or as a function that builds it without arguments, and
     may return the inputs of a micro-batch beside it. Nothing is trained, and no memory taken.
     """
-    if (model is None) == (parameters is None):
+    if model is None and parameters is None:
+        raise click.UsageError(
+            "of which model? Give --parameters NUMBER, such as 7e9, or MODULE:FUNCTION"
+        )
+    if model is not None and parameters is not None:
         raise click.UsageError("give either --parameters NUMBER or MODULE:FUNCTION, not both")
     check_picture(plot_file, "plan")
     try:

@@ -16,7 +16,7 @@ from mpizero.outputs import MARK
 _MERGED = {"made": f"{MARK}: all ranks of a job"}  # the format has a place for such words
 
 
-@click.group()
+@click.group(short_help="Say what the timelines of a job tell.")
 def trace() -> None:
     """Timelines that MPIZERO_TRACE=FOLDER, or mz.trace(folder), has made a job write."""
 

@@ -21,7 +21,7 @@ _MARGIN = 0.95
 _NEARLY = 0.9
 
 
-@click.command()
+@click.command(short_help="Measure which algorithm is best here, and remember it.")
 @click.option("--seconds", default=0.15, show_default=True, help="Time for each size and case.")
 @click.option("--largest", default=_SIZES[-1], show_default=True, help="Largest size in bytes.")
 def tune(seconds: float, largest: int) -> None:

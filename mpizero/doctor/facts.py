@@ -35,6 +35,7 @@ class RankFacts:
     gpu: Gpu | None = None
     fast_network: tuple[str, ...] = ()  # devices that bypass TCP: InfiniBand, Slingshot, EFA, ...
     interfaces: tuple[str, ...] = ()  # of the kernel's network that are up, less the loopback
+    container: str = ""  # what kind of container it runs in, and its image, if that is known
     clocks: tuple[float, ...] = ()  # seconds since the epoch, right after barriers of all ranks
 
     def to_json(self) -> str:

@@ -51,7 +51,22 @@ def host_facts(root: Path = _SYS, environ: Mapping[str, str] = os.environ) -> Ra
         host_gpus=_gpus(),
         fast_network=_fast_network(root),
         interfaces=_interfaces(root),
+        container=container(environ),
     )
+
+
+def container(environ: Mapping[str, str], root: Path = Path("/")) -> str:
+    """The container that this process is in, by what each kind of them leaves there; or ""."""
+    for name in ("APPTAINER", "SINGULARITY"):
+        if image := environ.get(f"{name}_CONTAINER"):
+            return f"{name.capitalize()} ({Path(image).name})"
+    if (root / "run/.containerenv").exists():
+        return "Podman"
+    if (root / ".dockerenv").exists():
+        return "Docker"
+    if environ.get("SHIFTER_RUNTIME"):
+        return "Shifter"
+    return environ.get("container", "")  # systemd's convention, which Enroot and others follow
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,8 @@ _SAME, _LIKEWISE = ("mpizero", "mpi4py", "libmpi"), ("numpy", "torch", "cupy", "
 
 def judge(facts: Facts) -> list[Finding]:
     """A finding for each topic that the facts allow to judge, in the order of the report."""
-    judges: list[Callable[[Facts], Iterable[Finding]]] = [_launcher, _library, _wheels, _processes]
+    judges: list[Callable[[Facts], Iterable[Finding]]] = [_launcher, _library, _wheels, _containers]
+    judges.append(_processes)
     if facts.mpi.started and not facts.mpi.error and not _trap(facts):
         judges += [_hosts, _versions, _clocks, _thread_level]
     judges += machine.JUDGES
@@ -104,6 +105,26 @@ def _wheels(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield ok("MPI wheels", wheels[0] if wheels else "none: the MPI is the machine's own")
+
+
+def _containers(facts: Facts) -> Iterator[Finding]:
+    kinds = {rank.container for rank in facts.ranks}
+    if kinds == {""}:
+        return
+    name = next(kind for kind in sorted(kinds, reverse=True) if kind)
+    if len(kinds) > 1:
+        listed = ", ".join(kind or "none" for kind in sorted(kinds))
+        yield look(
+            "container", f"not the same for all ranks: {listed}",
+            "Let the launcher start each rank in the same image.",
+        )  # fmt: skip
+    elif facts.launcher.alone:
+        yield ok(
+            "container", f"{name}; for several ranks let the host's launcher start it, with an MPI "
+            "in it that understands that one (packaging/README.md)",
+        )  # fmt: skip
+    else:
+        yield ok("container", f"{name}, and the launcher reaches into it")
 
 
 def _processes(facts: Facts) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from mpizero import ArgumentError, World
 from mpizero.sampling import ShardedBatches, Share
 from mpizero_torch.batch_weight import Loop
+from mpizero_torch.data.handed_out import HandedOut
 from mpizero_torch.data.plans import FollowedBatches, FollowedSamples, Plan, SeededPlan
 from mpizero_torch.data.position import Position
 from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
@@ -36,14 +37,16 @@ class ShardedLoader:
         shuffle: bool | None,
         seed: int,
         speeds: Sequence[float] | None,
+        evaluation: bool = False,
     ) -> None:
         self.dataset: Any = loader.dataset
         self.world = world
         self._given, self._seed = loader, seed
         self._plan = _plan_of(loader, world, shuffle, seed, speeds)
         self._position = Position()
-        self._outlet = Outlet()
+        self._outlet = Outlet(evaluation)
         self._weight = 1.0
+        self.handed_out = HandedOut() if evaluation else None
         # A generator of our own: one less that begins an epoch with a draw from torch's global one.
         self._generator = torch.Generator() if loader.generator is None else None
         self._source = Source()
@@ -51,8 +54,8 @@ class ShardedLoader:
         self._loader = loader_like(loader, generator, batch_sampler=self._source)
 
     def __len__(self) -> int:
-        """Steps in a whole epoch: the same on every rank."""
-        return len(self._plan)
+        """Steps in a whole epoch: the same on every rank, but for evaluation."""
+        return len(self._plan) if self.handed_out is None else self._plan.own_steps()
 
     def __getattr__(self, name: str) -> Any:
         if name in ATTRIBUTES:
@@ -129,6 +132,9 @@ class ShardedLoader:
         self._position.begin()
         epoch, done = self._position.epoch, self._position.done
         steps, uneven = self._plan.begin(epoch, done)
+        if self.handed_out is not None:
+            self.handed_out.clear()
+            steps = (step for step in steps if step.weight)
         rank = self.world.rank
         self._source.next = reading = Reading(steps, (self._seed, epoch, rank))
         if self._generator is not None:
@@ -141,6 +147,8 @@ class ShardedLoader:
         self._position.advance(epoch, step.stop)
         self._plan.handed_out(step)
         self._weight = step.weight
+        if self.handed_out is not None:
+            self.handed_out.add(step.stop, step.samples)
         return step.weight
 
     def _end(self, epoch: int) -> None:

@@ -41,6 +41,10 @@ class Plan(ABC):
         """Steps of a whole epoch."""
 
     @abstractmethod
+    def own_steps(self) -> int:
+        """How many of them have samples for this rank."""
+
+    @abstractmethod
     def begin(self, epoch: int, done: int) -> tuple[Iterator[Step], bool]:
         """What is left of an epoch of which ``done`` is done, and whether steps may be uneven."""
 
@@ -93,6 +97,10 @@ class SeededPlan(Plan):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def own_steps(self) -> int:
+        batches = self.batches
+        return _own_steps(batches.count, self.width, batches.share, batches.drop_last)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -245,6 +253,9 @@ class FollowedSamples(FollowedPlan):
         whole, rest = divmod(self.count, self.width)
         return whole + (rest > 0 and not self._drop_last)
 
+    def own_steps(self) -> int:
+        return _own_steps(self.count, self.width, self._share, self._drop_last)
+
     @property
     def _may_be_uneven(self) -> bool:
         alone = self._world.size == 1
@@ -280,6 +291,10 @@ class FollowedBatches(FollowedPlan):
     def __len__(self) -> int:
         return -(-self.count // self._world.size)
 
+    def own_steps(self) -> int:
+        whole, rest = divmod(self.count, self._world.size)
+        return whole + (self._world.rank < rest)
+
     def _cut(self, drawn: _Checked, done: int) -> Iterator[list[Step]]:
         size = self._world.size
         while together := [list(batch) for batch in islice(drawn, size)]:
@@ -304,9 +319,19 @@ class FollowedItems(FollowedPlan):
     def __len__(self) -> int:
         return self.count
 
+    def own_steps(self) -> int:
+        return self.count
+
     def _cut(self, drawn: _Checked, done: int) -> Iterator[list[Step]]:
         for at, item in enumerate(drawn, done + 1):
             yield [Step([item], 1.0, at, drawn.check)] * self._world.size
+
+
+def _own_steps(count: int, width: int, share: Share, drop_last: bool) -> int:
+    whole, rest = divmod(count, width)
+    return whole * (share.weight(width) > 0) + (
+        rest > 0 and not drop_last and share.weight(rest) > 0
+    )
 
 
 class _Checked:

@@ -62,6 +62,16 @@ class _Samples(list[Any]):
         return super().__iter__()
 
 
+def iterates_as_dataloader(loader: DataLoader[Any]) -> bool:
+    """Does it give what a DataLoader with its attributes gives?"""
+    own = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    return own is DataLoader or f"{own.__module__}.{own.__name__}" in _ALIKE
+
+
+# Loaders that can say where they are, as ours can. By name: nothing of them is imported.
+_ALIKE = frozenset(["torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader"])
+
+
 def loader_like(
     loader: DataLoader[Any], generator: torch.Generator | None, **samplers: Any
 ) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -42,6 +43,24 @@ def refuse_dealt(sampler: Any) -> None:
     inner = getattr(sampler, "sampler", None)
     if isinstance(inner, Sampler):
         refuse_dealt(inner)
+
+
+def refuse_dealt_dataset(dataset: Any) -> None:
+    """Raise ArgumentError for a dataset that gives each rank its own part: the rest would be lost.
+
+    Hugging Face's ``split_dataset_by_node`` notes that; mosaicml-streaming's datasets do it where
+    the environment names a rank.
+    """
+    ranks = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(dataset).__mro__}
+    if "streaming.base.dataset.StreamingDataset" in kinds:
+        world = getattr(dataset, "_unique_rank_world", None)
+        ranks = getattr(world, "num_ranks", int(os.environ.get("WORLD_SIZE", "1")))
+    if ranks > 1:
+        raise ArgumentError(
+            "shard()", "source", f"a {type(dataset).__name__} that deals out to {ranks} ranks "
+            "already", "all of the data", "Do not split it, or iterate over it without shard().",
+        )  # fmt: skip
 
 
 def tell_epoch(sampler: Any, epoch: int) -> bool:

@@ -12,9 +12,16 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from mpizero import World
 from mpizero_torch.batch_weight import Loop
+from mpizero_torch.data.handed_out import HandedOut
 from mpizero_torch.data.plans import FollowedItems
 from mpizero_torch.data.position import Position
-from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
+from mpizero_torch.data.reading import (
+    ATTRIBUTES,
+    Reading,
+    Source,
+    iterates_as_dataloader,
+    loader_like,
+)
 from mpizero_torch.data.sampler import refuse_dealt
 from mpizero_torch.random_state import derive, unchanged
 from mpizero_torch.weighed_tensor import Outlet
@@ -29,18 +36,20 @@ class ShardedStream:
     left over get the step's first batch with weight 0.
     """
 
-    def __init__(self, source: Iterable[Any], world: World) -> None:
-        self._source, self._world = source, world
+    def __init__(self, source: Iterable[Any], world: World, *, evaluation: bool = False) -> None:
+        self._source, self.world = source, world
+        self.handed_out = HandedOut() if evaluation else None
         self._order = _Order.of(source, world)
         self._position = Position()
-        self._outlet = Outlet()
+        self._outlet = Outlet(evaluation)
         self._weight = 1.0
         self._told: int | None = None  # the epoch that the source was told last
 
     def __len__(self) -> int:
         """Steps of a whole epoch, if the source knows how many batches it has; else TypeError."""
         batches = len(self._source)  # type: ignore[arg-type]
-        return (batches + self._world.size - 1) // self._world.size
+        whole, rest = divmod(batches, self.world.size)
+        return whole + (rest > (0 if self.handed_out is None else self.world.rank))
 
     def __getattr__(self, name: str) -> Any:
         if name in ATTRIBUTES and isinstance(self._source, DataLoader):
@@ -88,6 +97,8 @@ class ShardedStream:
 
     def __iter__(self) -> Iterator[Any]:
         self._position.begin()
+        if self.handed_out is not None:
+            self.handed_out.clear()
         epoch, done = self._position.epoch, self._position.done
         reading = None
         if self._order is not None:
@@ -99,15 +110,17 @@ class ShardedStream:
                 for _ in islice(batches, done):
                     pass
         # How many batches there are shows at the end only: the last ones may be fewer.
-        loop = Loop(self._outlet, uneven=self._world.size > 1)
+        loop = Loop(self._outlet, uneven=self.world.size > 1)
         return _Batches(self, epoch, done, batches, reading, loop)
 
     def _take(self, step: list[Any]) -> tuple[Any, float]:
         """This rank's batch of a step, and its weight."""
-        size, rank = self._world.size, self._world.rank
+        size, rank = self.world.size, self.world.rank
         counts = [_samples(batch) for batch in step]
         active = rank < len(step)
         self._weight = counts[rank] * size / sum(counts) if active else 0.0
+        if active and self.handed_out is not None:
+            self.handed_out.add(self._position.done, [None] * counts[rank])
         return step[rank] if active else step[0], self._weight
 
     def _tell(self, epoch: int) -> None:
@@ -140,11 +153,12 @@ class _Batches(Iterator[Any]):
         if self._batches is None:
             raise StopIteration
         try:
-            step = [*islice(self._batches, stream._world.size)]
+            step = [*islice(self._batches, stream.world.size)]
         except BaseException:
             self._loop.end()  # the batch before is not at hand any more
             raise
-        if not step:
+        none_here = stream.handed_out is not None and len(step) <= stream.world.rank
+        if not step or none_here:
             self.close()
             stream._position.finish(self._epoch)
             if stream._order is not None:
@@ -180,7 +194,7 @@ class _Order:
         if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
             return None
         sampler = source.sampler
-        if type(source).__iter__ is not DataLoader.__iter__ or type(sampler) is SequentialSampler:
+        if not iterates_as_dataloader(source) or type(sampler) is SequentialSampler:
             return None
         refuse_dealt(sampler)
         return cls(source, world)
