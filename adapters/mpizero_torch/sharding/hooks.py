@@ -160,16 +160,19 @@ class ShardHooks(BackwardHooks):
         self._gradients.follow(came)
         self._before_pass()
         self._came.clear()
+        self._gradients.give_way()
         own = self._own_hooks
         for index, parameter in enumerate(self._all):
-            # Autograd is about to add gradients to what is there.
-            if isinstance(parameter.grad, ShardedGradient):
-                parameter.grad = None
             hooks: Any = parameter._post_accumulate_grad_hooks
             if hooks and len(hooks) > (index in own):
                 self._after[index] = AfterAverage({}, parameter, hooks)
                 self._after[index].take(own.get(index))
                 parameter._post_accumulate_grad_hooks = self._after[index]
+
+    def come_unannounced(self) -> None:
+        """A gradient is about to come to a parameter that has one in the shards."""
+        if self._pass is None:
+            self._begin_unannounced()
 
     def average_kept(self) -> None:
         self._prepare()

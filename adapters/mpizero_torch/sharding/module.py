@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -101,6 +102,7 @@ class ShardedModule(DistributedModule):
             self._optimizers,
             lambda index: bool(self.sharder.segments_of(index)),
             lambda: self._hooks.here(),
+            self._come_unannounced(),
         )
         self._hooks = self._make_hooks()
         runs, number = self._state.make_runs(self.sharder), 0
@@ -440,6 +442,16 @@ class ShardedModule(DistributedModule):
             schedule=self._schedule,
             gradients=self.gradients,
         )
+
+    def _come_unannounced(self) -> Callable[[], None]:
+        found = weakref.ref(self)  # torch would keep the model with the parameters' hooks
+
+        def come() -> None:
+            module = found()
+            if module is not None:
+                module._hooks.come_unannounced()
+
+        return come
 
     def _memory_to_hold(self) -> Any:
         """Where gradients that stay on this rank are added up; None: where autograd puts them."""
