@@ -41,7 +41,9 @@ class Draw:
 
     @property
     def layers(self) -> str:
-        return "".join(name for name in LAYERS if self.often(0.4)) or str(self.one(*LAYERS))
+        """Some layers; those that are in no group yet are left alone."""
+        choices = LAYERS.replace("d", "") if self.setting.late else LAYERS
+        return "".join(name for name in choices if self.often(0.4)) or str(self.one(*choices))
 
     def uses(self, same: bool) -> list[str]:
         """Which layers each rank uses."""

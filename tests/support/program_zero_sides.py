@@ -184,7 +184,10 @@ class Side:
     def members(self) -> set[int]:
         """The ids of the parameters in groups of the oracle's optimizers."""
         return {
-            id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]
+            id(p)
+            for each in self.optimizers
+            for group in each.param_groups
+            for p in group["params"]
         }
 
     @property

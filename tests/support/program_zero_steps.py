@@ -259,7 +259,8 @@ def _load_plain(side: Side, number: int, *, into: str, assign: bool) -> None:
     if side.setting.tied:
         state["c.weight"] = state["a.weight"]
     target = side.net if into == "net" else side.wrapped
-    target.load_state_dict(state, assign=assign)
+    # With it, a plain optimizer would go on with the parameters that were replaced; ours follows.
+    target.load_state_dict(state, assign=assign and side.real)
 
 
 def _plain_state(side: Side) -> dict[str, torch.Tensor]:
@@ -446,9 +447,7 @@ STEPS: dict[str, Kind] = {
     "freeze": Kind(
         lambda draw: {"layers": draw.layers, "train": draw.often(0.6)}, _freeze, 1.5, _reduced
     ),
-    "add group": Kind(
-        lambda draw: {}, _add_group, 1.5, _is_late, lambda setting: setting.late
-    ),
+    "add group": Kind(lambda draw: {}, _add_group, 1.5, _is_late, lambda setting: setting.late),
     "read": Kind(
         lambda draw: {
             "what": draw.one("model", "part", "parameters", "full", "norms", "copy", "state"),

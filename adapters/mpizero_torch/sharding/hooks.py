@@ -98,15 +98,20 @@ class ShardHooks(BackwardHooks):
         return self._reducer
 
     def left(self) -> list[int]:
-        """The parameters with a gradient that has not been put into a segment."""
-        segments_of = self._reducer.segments_of
+        """The parameters with a gradient that has not been put into all of its segments."""
         return [
             index
-            for index, parameter in enumerate(self._all)
-            if parameter.grad is not None
-            and values_of(parameter) is not None
-            and segments_of(index)
+            for index in range(len(self._all))
+            if any(self._reducer.pieces[number].trained for number in self._to_be_put(index))
         ]
+
+    def _to_be_put(self, index: int) -> Collection[int]:
+        """The segments that have yet to get a parameter's gradient."""
+        if index in self._leaving:  # others have been sent with their part
+            return self._leaving[index][1]
+        if values_of(self._all[index]) is None:  # also if there is none
+            return ()
+        return self._reducer.segments_of(index)
 
     @property
     def announced(self) -> Collection[int]:
@@ -275,7 +280,7 @@ class ShardHooks(BackwardHooks):
 
     def _show_held(self) -> None:
         for index, held in self._held.items():
-            self._all[index].grad = HeldGradient.of(self._all[index], held)
+            self._gradients.stand_in(index, HeldGradient.of(self._all[index], held))
 
     def _any_kept(self) -> bool:
         return bool(self._held) or any(p.grad is not None and bool(p.grad.any()) for p in self._all)

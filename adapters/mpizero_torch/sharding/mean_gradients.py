@@ -75,7 +75,7 @@ class MeanGradients:
         """Let ``.grad`` say where the gradients are."""
         for index in self.marks:
             if self._parameters[index].grad is None:
-                self._stand_in(index)
+                self.stand_in(index)
 
     def give_way(self) -> None:
         """Autograd is about to add gradients to what is there: not to a stand-in."""
@@ -84,8 +84,9 @@ class MeanGradients:
             if isinstance(parameter.grad, ShardedGradient):
                 parameter.grad = None
 
-    def _stand_in(self, index: int) -> None:
-        self._parameters[index].grad = self._stand_ins[index]
+    def stand_in(self, index: int, shown: ShardedGradient | None = None) -> None:
+        """Let a stand-in, the mean's by default, be a parameter's ``.grad``."""
+        self._parameters[index].grad = self._stand_ins[index] if shown is None else shown
         self._guards.watch(index)
 
     def saw(self) -> None:
@@ -199,7 +200,7 @@ class MeanGradients:
             if index in optimizer.members:
                 optimizer.receive(lambda each: each == index)
         self._note(index, "set", flat)
-        self._stand_in(index)
+        self.stand_in(index)
         if not was_written:
             self.saw()
 

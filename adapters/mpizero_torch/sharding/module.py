@@ -360,7 +360,14 @@ class ShardedModule(DistributedModule):
                     "parameters of the model that are in no group of the optimizer",
                 )  # fmt: skip
             members.append(index)
-        self.world.agree([str(members)], "the parameters of the new group")
+        have = [self._named[at][0] for at in members if self._named[at][1].grad is not None]
+        self.world.agree([str(members), str(have)], "the parameters of the new group")
+        if have:
+            raise ArgumentError(
+                "add_param_group()", "params", f"'{have[0]}', which has a gradient already",
+                "parameters without one", "It was computed while it was in no group, on this rank's "
+                "batch alone. Forget it with model.zero_grad(), or add the group before backward().",
+            )  # fmt: skip
         partition = self._partitions[self._optimizers.index(optimizer)]
         self.follow("add_param_group()")
         let_go = self.hold(range(len(self._named)))
