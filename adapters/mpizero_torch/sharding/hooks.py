@@ -15,7 +15,7 @@ from mpizero_torch.hooks import BackwardHooks, LocalPass, Owner, check_dense, ti
 from mpizero_torch.replica_hooks import AfterAverage
 from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.schedule import UnitSchedule
-from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
+from mpizero_torch.sharding.stand_in import HeldGradient, values_of
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 Left = Callable[[], Sequence[int]]

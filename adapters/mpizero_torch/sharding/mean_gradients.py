@@ -185,7 +185,7 @@ class MeanGradients:
 
     def set(self, index: int, gradient: torch.Tensor) -> None:
         """Let this be a parameter's gradient: this rank keeps its part of it."""
-        parameter, name = self._parameters[index], self._names[index]
+        name = self._names[index]
         if gradient.is_sparse or gradient.requires_grad:
             raise ArgumentError(
                 ".grad", "gradient", f"sparse or differentiable for parameter '{name}'",

@@ -365,8 +365,9 @@ class ShardedModule(DistributedModule):
         if have:
             raise ArgumentError(
                 "add_param_group()", "params", f"'{have[0]}', which has a gradient already",
-                "parameters without one", "It was computed while it was in no group, on this rank's "
-                "batch alone. Forget it with model.zero_grad(), or add the group before backward().",
+                "parameters without one",
+                "It was computed while it was in no group, on this rank's batch alone. Forget it "
+                "with model.zero_grad(), or add the group before backward().",
             )  # fmt: skip
         partition = self._partitions[self._optimizers.index(optimizer)]
         self.follow("add_param_group()")
