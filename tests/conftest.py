@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpizero import World
 from support.placements import Placement, placed_in_all_ways
 
-pytest_plugins = ["support.ranks"]
+pytest_plugins = ["support.logged", "support.ranks"]
 
 # Every rank must draw the same examples in the same order: from the test's own name, not from a
 # database, a clock or what failed on one rank alone.

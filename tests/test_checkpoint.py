@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 
 import mpizero
 from mpizero import ArgumentError, CheckpointError, World, checkpoint
-from mpizero.checkpoint import files, mpi_io, progress, tree
+from mpizero.checkpoint import files, mpi_io, progress, read, tree
 from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
 from support.killed_calls import dies
+from support.logged import Logged
 from support.placements import SEVERAL_NODES, Placement, placed
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
@@ -208,6 +209,37 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_without(
     np.testing.assert_array_equal(checkpoint.load(folder / "c", world)["a"], values()["w"])
 
 
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("comes", [True, False])
+def test_what_a_rank_does_not_see_yet_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """As on a network's file system that another node has just written to."""
+    world = mpizero.init()
+    checkpoint.save(folder / "c", {"a": values()["w"]}, world)
+    looks, stock = [], os.open
+
+    def late(path: Any, *how: Any, **options: Any) -> int:
+        if str(path).endswith(".safetensors"):
+            looks.append(path)
+            if not comes or len(looks) < 3:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return stock(path, *how, **options)
+
+    with monkeypatch.context() as patch:
+        if not comes:
+            patch.setattr(read, "PATIENCE", 0.25)
+        if world.rank == 1:
+            patch.setattr(os, "open", late)
+        if comes:
+            found = checkpoint.load(folder / "c", world)
+            np.testing.assert_array_equal(found["a"], values()["w"])
+            assert len(looks) >= 3 * (world.rank == 1)
+        else:
+            with pytest.raises(CheckpointError, match=r"cannot be opened: No such file.*0\.25 s"):
+                checkpoint.load(folder / "c", world)
+
+
 @ranks
 @pytest.mark.parametrize("refusal", [None, OSError(errno.EINVAL, "no advice here")])
 def test_file_systems_need_not_take_advice(
@@ -322,24 +354,24 @@ def test_long_ones_are_told_of_on_rank_zero(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    logged: Logged,
 ) -> None:
     world = mpizero.init()
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_FIRST", -1.0)
     large = {"large": mpizero.ShardedState.scatter({"x": values()["large"]}, world)}
-    with caplog.at_level("INFO", "mpizero"):
+    with logged.at_level("INFO", "mpizero"):
         checkpoint.save(folder / "c", large, world)
         checkpoint.load(folder / "c", world)
-        said, logged = capfd.readouterr().err, [record.message for record in caplog.records]
+        said, told = capfd.readouterr().err, [*logged.messages]
         pending = checkpoint.save(folder / "d", large, world, asynchronous=True)
         assert pending is not None
         pending.wait()
     if world.rank == 0:
         assert "saving" in said and "loading" in said and "%," in said
-        assert len(logged) == 2 and "c saved: 0.012 GB" in logged[0] and "loaded" in logged[1]
-        assert "d saved: 0.012 GB" in caplog.records[-1].message
+        assert len(told) == 2 and "c saved: 0.012 GB" in told[0] and "loaded" in told[1]
+        assert "d saved: 0.012 GB" in logged.messages[-1]
     else:
-        assert said == "" and logged == []
+        assert said == "" and told == []
     assert "saving" not in capfd.readouterr().err  # nobody waits for one in the background
 
 

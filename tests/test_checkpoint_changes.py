@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mpizero_torch as mz
+from support.logged import Logged
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 
@@ -103,9 +104,7 @@ def test_groups_that_were_added_are_saved(folder: Path, way: dict[str, Any]) -> 
 
 @ranks
 @pytest.mark.parametrize("way", WAYS)
-def test_other_names_and_another_head(
-    folder: Path, way: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_names_and_another_head(folder: Path, way: dict[str, Any], logged: Logged) -> None:
     model, optimizer = made(0, way)
     train(model, optimizer)
     wanted = {name: value.clone() for name, value in model.state_dict().items()}
@@ -126,10 +125,10 @@ def test_other_names_and_another_head(
         mz.load(folder / "c", model=theirs, optimizer=its, rename=inside)
     with pytest.raises(mz.ArgumentError, match="of shape"):
         mz.load(folder / "c", model=theirs, rename=lambda name: f"parts.net.{name}")
-    with caplog.at_level(logging.WARNING, "mpizero"):
+    with logged.at_level(logging.WARNING, "mpizero"):
         mz.load(folder / "c", model=theirs, optimizer=its, rename=inside, strict=False)
     if mz.init().rank == 0:
-        assert "parts.net.head.weight" in caplog.text
+        assert "parts.net.head.weight" in "".join(logged.messages)
     for name, value in theirs.state_dict().items():
         inner = name.removeprefix("parts.net.")
         assert torch.equal(value, before[name] if "head" in name else wanted[inner]), name

@@ -161,6 +161,59 @@ def test_a_gradient_for_the_input_sends_nothing(training: bool) -> None:
         check_mean(plain, inner)
 
 
+class Part(nn.Module):
+    """The first so many layers of a net."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor, upto: int) -> torch.Tensor:
+        for layer in self.layers[:upto]:
+            x = layer(x)
+        return x
+
+
+@several_ranks
+def test_a_gradient_for_the_input_sends_nothing_where_no_parameter_lies_behind() -> None:
+    """To the engine it looks as a plain backward() does: nothing is left out."""
+    world = mz.init()
+    inner = net()
+    inner[0].requires_grad_(False)
+    model = mz.DistributedDataParallel(Part(inner))
+    for step in range(3):
+        model.zero_grad()
+        model(batch(step), upto=3).mean().backward()
+        before = passes(model)
+        if world.rank == step % world.size:
+            x = batch(step).requires_grad_(True)
+            model(x, upto=1).sum().backward(inputs=[x])
+            assert x.grad is not None
+        assert passes(model) == before
+        plain = copy.deepcopy(inner)
+        plain.zero_grad()
+        plain(batch(step)).mean().backward()
+        check_mean(plain, inner)
+
+
+@several_ranks
+def test_asking_for_parameters_that_a_rank_does_not_use_is_a_pass() -> None:
+    world = mz.init()
+    inner = net()
+    model = mz.DistributedDataParallel(Part(inner))
+    x, last = batch(0).requires_grad_(True), list(inner[2].parameters())
+    upto = 1 if world.rank == 0 else 3
+    model(x, upto=upto).mean().backward(inputs=[x, *last])
+    assert passes(model) == 1
+    plain = copy.deepcopy(inner)
+    for parameter in plain.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if world.rank != 0:
+        plain(batch(0)).mean().backward(inputs=list(plain[2].parameters()))
+    check_mean(plain[2], inner[2])
+    assert all(parameter.grad is None for parameter in inner[0].parameters())
+
+
 @ranks
 def test_gradients_that_a_program_asks_for_are_its_own() -> None:
     """autograd.grad for parameters: this rank's, whatever the batch weighs."""

@@ -16,6 +16,7 @@ import mpizero
 import mpizero_torch as mz
 from mpizero import CheckpointError, World, checkpoint
 from support.killed_calls import dies
+from support.logged import Logged
 
 ranks = pytest.mark.parallel([1, 2, 3])
 once = pytest.mark.once
@@ -247,7 +248,7 @@ def step(place: Path, number: int) -> Path:
 
 @ranks
 def test_a_manager_removes_what_a_manager_has_saved_and_nothing_else(
-    place: Path, caplog: pytest.LogCaptureFixture
+    place: Path, logged: Logged
 ) -> None:
     world = mpizero.init()
     mz.save(step(place, 0), model=torch.nn.Linear(2, 2))  # by hand, to be kept
@@ -270,7 +271,7 @@ def test_a_manager_removes_what_a_manager_has_saved_and_nothing_else(
     on_rank_0(world, alter)
     before = contents(place)
     world.barrier()
-    with caplog.at_level(logging.WARNING, "mpizero"):
+    with logged.at_level(logging.WARNING, "mpizero"):
         last = manager(place)
         for number in (9, 10, 11):
             last.save(number)
@@ -285,7 +286,7 @@ def test_a_manager_removes_what_a_manager_has_saved_and_nothing_else(
     }
     assert {k: v for k, v in before.items() if k not in gone}.items() <= after.items()
     assert (step(place, 11) / "manifest.json").is_file() and not step(place, 10).exists()
-    said = [record.getMessage() for record in caplog.records]
+    said = logged.messages
     if world.rank == 0:
         assert sum("step-00000002 stays: model.safetensors is not as saved" in s for s in said) == 1
         assert sum("step-00000001 is removed but for" in s and "notes" in s for s in said) == 1

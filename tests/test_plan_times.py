@@ -15,6 +15,7 @@ from support.launch import ROOT
 
 pytestmark = [
     pytest.mark.once,
+    pytest.mark.alone,
     pytest.mark.timeout(480),
     pytest.mark.skipif(bool(why_no_hosts()), reason=why_no_hosts()),
 ]

@@ -26,6 +26,7 @@ class DistributedDataParallel(TorchMembers):
     rank 0's. During ``backward`` gradients are averaged over the ranks, in buckets, while the rest
     of backward computes; afterwards every rank's ``.grad`` holds the same bits. Buffers
     (BatchNorm's statistics) become rank 0's after each such backward, if any rank's have changed.
+    Ranks whose parameters differ (one has left out an optimizer's step) raise MismatchError there.
 
     Frozen parameters may be unfrozen later and the other way round; parameters that some ranks, or
     all, do not use need no flag (on all: ``.grad`` stays None). ``state_dict`` has the inner
@@ -39,7 +40,8 @@ class DistributedDataParallel(TorchMembers):
     module : the module; its parameters on one device, this rank's.
     device_ids : move inputs to this GPU, the module's.
     broadcast_buffers : keep buffers as rank 0's; False: neither at the start.
-    init_sync : compare the module over the ranks, and let all start as rank 0.
+    init_sync : compare the module over the ranks, and let all start as rank 0. False: nor is it
+        seen if their parameters differ later.
     process_group, device_mesh : the ranks, as torch has them: of the backend "mpizero".
     bucket_cap_mb : size of a gradient bucket in MiB; by default the tuning table's.
     gradient_as_bucket_view : False lets ``.grad`` have memory of its own. Else it is a view of its
@@ -92,7 +94,7 @@ class DistributedDataParallel(TorchMembers):
         self._ignored, self._named = ignored, named
         self._each = [parameter for _, parameter in named]
         self._bucket_bytes = int(bucket_cap_mb * 2**20) if bucket_cap_mb else None
-        self._overlap = overlap
+        self._overlap, self._alike = overlap, init_sync
         self._own_gradients = gradient_as_bucket_view is False
         self.device = named[0][1].device
         self.device_ids, self.output_device = torch_surface.check_device_ids(
@@ -167,7 +169,9 @@ class DistributedDataParallel(TorchMembers):
         lane = take_lane(self.world)
 
         def make(
-            gradients: BucketGradients, reformed: Callable[[], Mapping[int, ParameterSpec]]
+            gradients: BucketGradients,
+            reformed: Callable[[], Mapping[int, ParameterSpec]],
+            mark: Callable[[], float],
         ) -> GradientReducer:
             return GradientReducer(
                 lane,
@@ -179,10 +183,18 @@ class DistributedDataParallel(TorchMembers):
                 fill=gradients.fill,
                 trained=gradients.trained,
                 reformed=reformed,
+                mark=mark,
             )
 
         layouts = self.world.broadcast_object([layout(parameter) for _, parameter in named])
-        return ReplicaHooks(self, named, make, layouts=layouts, own_gradients=self._own_gradients)
+        return ReplicaHooks(
+            self,
+            named,
+            make,
+            layouts=layouts,
+            own_gradients=self._own_gradients,
+            alike=self._alike,
+        )
 
     def _refuse_new_parameters(self) -> None:
         known = {id(parameter) for _, parameter in self._named}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -53,10 +53,28 @@ def _finish(run: int) -> None:
             finish()
 
 
-def computes_everything(node: Any) -> bool:
-    """Does the run under way compute all gradients behind ``node``, as a plain backward() does?
+def is_for(parameters: Collection[torch.Tensor], node: Any) -> bool:
+    """Was the run under way asked for gradients of these parameters, whether or not they get any?
 
-    ``autograd.grad(loss, x)`` and ``backward(inputs=[x])`` leave out what ``x`` does not need.
+    A plain ``backward()`` asks for those of all; ``backward(inputs=[...])`` for some;
+    ``autograd.grad`` for none that stay. ``node``: where the run came by.
+    """
+    asked = _of_this_thread()
+    if asked is None:
+        return _computes_everything(node)
+    if not asked.accumulates or not asked.inputs:
+        return asked.accumulates
+    ours = set(map(id, parameters))
+    return any(
+        id(each if isinstance(each, torch.Tensor) else getattr(each.node, "variable", None)) in ours
+        for each in asked.inputs
+    )
+
+
+def _computes_everything(node: Any) -> bool:
+    """Does the run under way compute all gradients behind ``node``?
+
+    So it looks from a thread of the engine's own, where nobody can be seen to have asked.
     """
     seen, ahead = {node}, [node]
     while ahead:
@@ -73,6 +91,22 @@ def computes_everything(node: Any) -> bool:
     return True
 
 
+def _of_this_thread() -> Run | None:
+    """The innermost run that this thread has asked for."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if _asks(frame):
+            return _run_of(frame)
+        frame = frame.f_back
+    return None
+
+
+def _asks(frame: FrameType) -> bool:
+    """Is it the call by which torch starts its engine?"""
+    code = frame.f_code
+    return code.co_name == "_engine_run_backward" and code.co_filename.endswith("graph.py")
+
+
 def is_nested() -> bool:
     """Has the run under way been started by a node of another one (a reentrant checkpoint)?"""
     frame = sys._getframe()
@@ -80,7 +114,7 @@ def is_nested() -> bool:
     while frame.f_back is not None:
         frame = frame.f_back
         where, name = frame.f_code.co_filename, frame.f_code.co_name
-        if name == "_engine_run_backward" and where.endswith("graph.py"):
+        if _asks(frame):
             if inside:
                 return True
             inside = True
@@ -124,7 +158,7 @@ def outermost() -> list[Run]:
         inside: FrameType | None = frame
         while inside is not None:
             where, name = inside.f_code.co_filename, inside.f_code.co_name
-            if name == "_engine_run_backward" and where.endswith("graph.py"):
+            if _asks(inside):
                 call = inside
             elif call is not None and name == "apply" and where.endswith("function.py"):
                 call = None  # asked for by a node of another run, on a thread of the engine

@@ -153,7 +153,7 @@ class BackwardHooks(ABC):
         if anywhere is None:
             return False
         self._take_over(anywhere)
-        self._sync_buffers(active=False)
+        self._after_average(active=False)
         return True
 
     def _on_accumulated(self, index: int) -> Callable[[torch.Tensor], None]:
@@ -296,8 +296,8 @@ class BackwardHooks(ABC):
         return trains and self._was_backward(under_way)
 
     def _was_backward(self, under_way: LocalPass) -> bool:
-        """Or were the gradients of some tensors asked for, as by ``autograd.grad``?"""
-        return under_way.node is not None and engine_runs.computes_everything(under_way.node)
+        """Or were the gradients of other tensors asked for, as by ``autograd.grad``?"""
+        return under_way.node is not None and engine_runs.is_for(self._parameters, under_way.node)
 
     def _forget_weights(self) -> None:
         """What was stated for the next backward pass has had its pass."""
@@ -307,7 +307,7 @@ class BackwardHooks(ABC):
     def _average(self) -> None:
         self.steps += 1
         self._take_over(self._reducer.close())
-        self._sync_buffers(active=True)
+        self._after_average(active=True)
         self._owner._after_pass(self.active)
 
     @abstractmethod
@@ -334,7 +334,8 @@ class BackwardHooks(ABC):
         buffers = self._owner._buffers_in_sync
         return buffers is not None and buffers.changed()
 
-    def _sync_buffers(self, active: bool) -> None:
+    def _after_average(self, active: bool) -> None:
+        """What ranks that differ in more than their gradients do then. ``active``: see News."""
         buffers, told = self._owner._buffers_in_sync, self._reducer.told
         if buffers is None or not told.changed:
             return
@@ -366,12 +367,17 @@ def times(gradient: torch.Tensor | None, factor: float) -> torch.Tensor | None:
 def check_dense(gradient: torch.Tensor, name: str) -> None:
     """Raise ArgumentError for gradients that cannot lie in flat memory."""
     if gradient.is_sparse or gradient.requires_grad:
-        given = "sparse" if gradient.is_sparse else "differentiable (create_graph=True)"
+        given, remedy = (
+            ("sparse", "Make the layer with sparse=False.")
+            if gradient.is_sparse
+            else ("differentiable (create_graph=True)", "Use torch.autograd.grad() for those.")
+        )
         raise ArgumentError(
             "backward()",
             "gradient",
             f"{given} for parameter '{name}'",
             "dense gradients without a graph of their own",
+            remedy,
         )
 
 

@@ -12,18 +12,23 @@ from torch import nn
 
 from mpizero.engine import GradientReducer, Merge, ParameterSpec
 from mpizero_torch import slices, tensors
+from mpizero_torch.alike import Alike
 from mpizero_torch.bucket_gradients import BucketGradients
 from mpizero_torch.bucket_places import Layout
 from mpizero_torch.hooks import BackwardHooks, Owner
 
-Make = Callable[[BucketGradients, Callable[[], Mapping[int, ParameterSpec]]], GradientReducer]
+Make = Callable[
+    [BucketGradients, Callable[[], Mapping[int, ParameterSpec]], Callable[[], float]],
+    GradientReducer,
+]
 
 
 class ReplicaHooks(BackwardHooks):
     """Has a GradientReducer average the gradients of ``named`` parameters.
 
-    ``make_reducer`` is given what fills gradients into the reducer's buckets, and what says which
-    parameters have got another dtype. ``own_gradients``: see BucketGradients.
+    ``make_reducer`` is given what fills gradients into the reducer's buckets, what says which
+    parameters have got another dtype, and what marks writes to them. ``own_gradients``: see
+    BucketGradients. ``alike``: are replicas to have the same parameters?
     """
 
     _reducer: GradientReducer
@@ -36,12 +41,14 @@ class ReplicaHooks(BackwardHooks):
         *,
         layouts: Sequence[Layout],
         own_gradients: bool,
+        alike: bool,
     ) -> None:
         self._after: list[AfterAverage] = []
         self._handles: list[Any] = []
         self._gradients = BucketGradients(named, layouts, own=own_gradients)
         forms = Forms(named)
-        super().__init__(owner, make_reducer(self._gradients, forms.changed))
+        self._alike = Alike(named if alike else ())
+        super().__init__(owner, make_reducer(self._gradients, forms.changed, self._alike.mark))
         self.watch(list(enumerate(parameter for _, parameter in named)))
         self._after = [AfterAverage.of(parameter) for _, parameter in named]
         self._gradients.serve(self._reducer)
@@ -67,6 +74,10 @@ class ReplicaHooks(BackwardHooks):
 
     def __del__(self) -> None:
         self.remove()  # the parameters' other hooks are called by torch again
+
+    def _after_average(self, active: bool) -> None:
+        super()._after_average(active)
+        self._alike.check(self._owner.world, self._reducer.told, active)
 
     def _any_kept(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mpizero.engine.gradient_shards import Filling, GradientSharder
 from mpizero.engine.lanes import Lane, take_lane
+from mpizero.engine.opening import News
 from mpizero.engine.parameter_memory import COMMON, SHARDED, WHOLE, ParameterMemory
 from mpizero.engine.partition import (
     FLAT,
@@ -36,6 +37,7 @@ __all__ = [
     "GradientSharder",
     "Lane",
     "Merge",
+    "News",
     "ParameterMemory",
     "ParameterSpec",
     "ReducedPasses",

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.engine.weights import Merge
+from mpizero.memory.order import on_host
 from mpizero.reduction.operation import SUM, operation
 
 
@@ -27,9 +28,14 @@ class News(NamedTuple):
     late: float = 0.0  # how many parameters does it train that have no place yet?
     keeps: float = 0.0  # does the pass add to a mean that is kept?
     over_all: float = 0.0  # is the mean over all ranks, those without a pass of their own too?
-    marks: float = 0.0  # a number for what was done to kept gradients: equal if the same was
+    marks: float = 0.0  # a number for what was done since the last pass: equal if the same was
     squared_marks: float = 0.0
     updates: float = 0.0  # is it no pass, but an update of sharded parameters?
+
+    @property
+    def marks_differ(self) -> bool:
+        """Of sums over the ranks: have those with a pass of their own not all the same number?"""
+        return self.squared_marks * self.active != self.marks**2
 
 
 _COUNT = len(News())
@@ -58,7 +64,8 @@ class Opening:
             if sums[uneven]:
                 run.all_reduce(largest, operation("max", largest.dtype, world.size, "backward()"))
 
-        self._handle = world.submit("the opening of a backward pass", exchange, nbytes=sums.nbytes)
+        touched = on_host(sums, largest)
+        self._handle = world.submit("the opening of a backward pass", exchange, touched)
 
     def wait(self) -> News:
         """The sums over the ranks."""

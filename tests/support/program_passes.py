@@ -115,7 +115,7 @@ def draw_towards(draw: Draw) -> dict[str, Any]:
     return {
         "model": model,
         "layers": draw.one("", draw.layers),
-        "use": draw.uses(True),
+        "use": draw.uses(draw.often(0.7)),
         "sync": draw.often(0.7),
         "weights": draw.weights(1),
     }
@@ -137,8 +137,10 @@ def towards(
     named = [p for n in layers for p in getattr(net, n).parameters() if p.requires_grad]
     used = [p for n in layers if n in use[0] for p in getattr(net, n).parameters()]
     wanted: list[torch.Tensor] = [p for p in named if any(p is each for each in used)] or [x]
+    if len(set(use)) > 1 and wanted[0] is not x:
+        wanted.append(x)  # else no hook is called on a rank that uses none of them
     loss = _loss(_through(side, x, (model,), [use]), 0)
-    stated = None if weights is None or wanted == [x] else weights[0][side.rank]
+    stated = None if weights is None or wanted[0] is x else weights[0][side.rank]
     yield Before((model,), stated)
     side.weigh((model,), stated)
     with side.passing((model,), sync):

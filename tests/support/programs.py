@@ -278,11 +278,14 @@ def run_program(program: Program, comm: MPI.Comm) -> Outcome:
 def programs() -> Iterator[MPI.Comm]:
     """Around a run of programs: the communicator by which their ranks agree. Collective."""
     comm = MPI.COMM_WORLD.Dup()
-    gc.freeze()  # what is there already need not be looked through after each
+    frozen = gc.get_freeze_count()  # as in a session of tests, which stays as it is
+    if not frozen:
+        gc.freeze()  # what is there already need not be looked through after each
     try:
         yield comm
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
     while _worlds:
         _worlds.popitem()[1].close()
     comm.Free()

@@ -12,6 +12,8 @@ tests of a rank count. Tests that end or abort the job belong in a launch of the
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mpi4py import MPI
@@ -77,8 +80,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """All ranks must run the same tests in the same order, or they wait for each other for ever."""
+    """All ranks must run the same tests in the same order, or they wait for each other for ever.
+
+    What is there before the first test stays to the end: looking through a million such objects
+    whenever garbage is collected would be most of what many a test takes.
+    """
     mine = [item.nodeid for item in session.items]
     of_all = session.config.stash[_COMM].allgather((mine, session.testsfailed))
     tests, failed = of_all[0]
@@ -86,6 +94,24 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if theirs != tests or theirs_failed != failed:
             differing = sorted(set(theirs) ^ set(tests)) or "their order, or what failed to import"
             pytest.exit(f"ranks 0 and {rank} collected different tests: {differing}", returncode=4)
+    if "torch" in sys.modules:
+        importlib.import_module("torch._dynamo")  # as the first optimizer would
+        _seed_no_devices()
+    gc.collect()
+    gc.freeze()
+
+
+def _seed_no_devices() -> None:
+    """Where there are no devices, ``torch.manual_seed`` notes whole stacks for each of their kinds.
+
+    It does so in case that they come to be used, and takes a hundred times as long by it.
+    """
+    import torch
+
+    for name in ("cuda", "xpu", "mtia"):
+        kind: Any = getattr(torch, name)
+        if not kind.is_available():
+            kind.manual_seed_all = lambda seed: None
 
 
 @pytest.hookimpl(wrapper=True)
