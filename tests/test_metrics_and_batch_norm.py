@@ -105,3 +105,13 @@ def test_half_precision_input(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
     out.sum().backward()
     assert mine.grad.dtype == dtype
+
+
+@ranks
+def test_a_copy_of_a_synchronised_batch_norm_is_one_of_the_same_ranks() -> None:
+    world = mz.init()
+    ours = mz.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm1d(3), world)
+    copied = copy.deepcopy(ours)
+    assert copied.world is world
+    x = torch.full((2, 3), float(world.rank))
+    torch.testing.assert_close(copied(x), ours(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -515,3 +515,41 @@ def test_passes_that_are_accumulated_are_averaged_once(way: dict[str, Any], scal
                     parameter.grad.div_(passes)
         optimizer.step()
         assert mz.mean(found) == pytest.approx(expected.item(), rel=1e-10)
+
+
+@ranks
+@pytest.mark.parametrize("way", STAGES)
+def test_parameters_that_are_used_after_others_were_learned(way: dict[str, Any]) -> None:
+    """A pass learns when segments are complete: another may bring more, in parts of several."""
+    world = mz.init()
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.parts = nn.ModuleList(nn.Linear(5, 5) for _ in range(6))
+            self.double()
+
+        def forward(self, x: torch.Tensor, use: Sequence[int]) -> torch.Tensor:
+            for at in use:
+                x = torch.tanh(self.parts[at](x))
+            return x
+
+    for elements in (7, 13, 40):  # of a segment
+        alone, inner = Parts(), Parts()
+        its = torch.optim.SGD(alone.parameters(), 0.1)
+        own = torch.optim.SGD(inner.parameters(), 0.1)
+        model, optimizer = mz.zero(inner, own, segment_mb=elements * 8 / 2**20, **way)
+        for step, use in enumerate([(5,), (0, 1, 2, 3, 4, 5), (2, 3), (4, 0), range(6)]):
+            x = torch.randn(world.size, 5, generator=torch.Generator().manual_seed(step)).double()
+            for zeroed in (its, optimizer):
+                zeroed.zero_grad()
+            alone(x, use).square().mean().backward()
+            model(x[world.rank : world.rank + 1], use).square().mean().backward()
+            for (name, p), mine in zip(alone.named_parameters(), inner.parameters(), strict=True):
+                found = mz.full_gradient(mine)
+                assert (found is None) == (p.grad is None), name
+                if found is not None:
+                    torch.testing.assert_close(found, p.grad, rtol=1e-9, atol=1e-11, msg=name)
+            its.step()
+            optimizer.step()

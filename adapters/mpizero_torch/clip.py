@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -60,7 +61,7 @@ def clip_grad_norm_(
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
         _saw(model)
-    return torch.tensor(norm, dtype=torch.float32, device=model.world.device.name)
+    return torch.tensor(norm, dtype=_dtype(model), device=model.world.device.name)
 
 
 def clip_grad_value_(model: nn.Module, clip_value: float) -> None:
@@ -72,6 +73,12 @@ def clip_grad_value_(model: nn.Module, clip_value: float) -> None:
     for gradient in own_gradients(model):
         gradient.clamp_(-clip_value, clip_value)
     _saw(model)
+
+
+def _dtype(model: DistributedModule) -> torch.dtype:
+    """The gradients' widest, as torch has it; at least float32, in which 16 bits are summed."""
+    wide = [p.dtype.to_real() for _, p in model.named if p.is_floating_point() or p.is_complex()]
+    return functools.reduce(torch.promote_types, wide, torch.float32)
 
 
 def _saw(model: DistributedModule) -> None:

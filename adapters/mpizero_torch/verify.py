@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,21 @@ import torch
 from torch import nn
 
 from mpizero import ArgumentError, World
-from mpizero_torch.names import named_parameters
+from mpizero_torch.names import named_buffers, named_parameters
 from mpizero_torch.runtime import init
-from mpizero_torch.sharding.module import ShardedModule
+from mpizero_torch.sharding.access import full_parameter
+from mpizero_torch.sharding.mean_gradients import digest_of, octets
 from mpizero_torch.sharding.precision import as_policy
 from mpizero_torch.sharding.zero import zero
+from mpizero_torch.sync_batch_norm import SyncBatchNorm
+from mpizero_torch.verify_by_hand import (
+    ByHand,
+    do_by_hand,
+    gradients_of,
+    largest_difference,
+    length,
+)
+from mpizero_torch.verify_by_hand import differences as compare_by_hand
 
 Build = Callable[[], tuple[nn.Module, Any, Callable[..., torch.Tensor]]]
 
@@ -37,8 +46,8 @@ _GRADIENT_16_BITS = 0.25
 # optimizers take the sign of its rounding. A model that does not move at all differs by 1.
 _UPDATE, _UPDATE_16_BITS = 0.1, 0.5
 
-# Beside a gradient that is shorter than this part of all gradients together, rounding is not small.
-_SHORT = 1e-2
+# All parameters' values after they have been halved, beside their length: 1 if that was lost.
+_WRITTEN_16_BITS = 0.25
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,12 @@ class StageResult:
     gradient_difference: float  # its, relative to its length
     update_difference: float  # of the way that all parameters have gone, relative to its length
     moved: bool  # is that within the bound?
+    others: tuple[str, ...] = ()  # what else differs, in words
 
     @property
     def ok(self) -> bool:
-        return self.step is None and self.parameter is None and self.gradient is None and self.moved
+        named = (self.step, self.parameter, self.gradient)
+        return self.moved and not self.others and all(each is None for each in named)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class VerifyReport:
                     line += f"; the first gradient of '{result.gradient}' by {by} of its length"
                 if not result.moved:
                     line += f"; what training has changed by {result.update_difference:.3g} of it"
+                line += "".join(f"; {each}" for each in result.others)
             lines.append(line)
         return "\n".join([*lines, *self._causes()])
 
@@ -122,6 +134,10 @@ def verify(
 ) -> VerifyReport:
     """Train some steps at each stage, and in one process, and compare. Collective.
 
+    Compared are losses, the first gradients, parameters and buffers, what training has changed, and
+    how often the optimizer was called; then what loops do by hand: parameters are halved, gradients
+    forgotten, halved, added up and clipped.
+
     ``build()`` gives a model, its optimizer (or a list of several), and ``loss(model, *batch)``, a
     mean over samples; it is called once for each stage and once for one process, after
     ``torch.manual_seed(seed)``.
@@ -138,8 +154,8 @@ def verify(
                     "verify()", "batches", f"one of {len(batch[0])} samples",
                     f"batches of {world.size} samples or more",
                 )  # fmt: skip
-        alone = _alone(build, batches, seed)
-        dtype = next(alone.model.parameters()).dtype
+        alone = _alone(build, batches, seed, world)
+        dtype = next(iter(alone.parameters.values())).dtype
         narrow = as_policy(options.get("precision")) is not None or dtype not in _TOLERANCE
         bounds = _Bounds.of(dtype, narrow, tolerance)
         results = tuple(
@@ -156,6 +172,8 @@ class _Bounds:
     parameter: float
     gradient: float
     update: float
+    written: float
+    is_narrow: bool
 
     @classmethod
     def of(cls, dtype: torch.dtype, narrow: bool, tolerance: float | None) -> _Bounds:
@@ -167,37 +185,65 @@ class _Bounds:
             min(1.0, looser),
             _GRADIENT_16_BITS if narrow else min(_GRADIENT_16_BITS, looser),
             _UPDATE_16_BITS if narrow else _UPDATE,
+            _WRITTEN_16_BITS if narrow else min(_WRITTEN_16_BITS, looser),
+            narrow,
         )
 
 
 @dataclass(frozen=True)
 class _Alone:
-    """What one process has trained: by name, parameters before, and gradients of the first step."""
+    """What one process has trained: by name, before and after, and gradients of the first step."""
 
-    model: nn.Module
     losses: list[float]
     before: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    by_hand: ByHand
 
 
-def _alone(build: Build, batches: Sequence[Sequence[Any]], seed: int) -> _Alone:
+def _alone(build: Build, batches: Sequence[Sequence[Any]], seed: int, world: World) -> _Alone:
     torch.manual_seed(seed)
     model, optimizer, loss = build()
+    itself = world.split(world.rank)
+    for part in model.modules():
+        if isinstance(part, SyncBatchNorm) and itself is not None:
+            part.world = itself  # the whole batch is here
     optimizers = _listed(optimizer)
     named = dict(named_parameters(model))
-    found = _Alone(model, [], {name: p.detach().clone() for name, p in named.items()}, {})
+    before, losses = _copies(named), []
+    gradients: dict[str, torch.Tensor | None] = {}
     for batch in batches:
         value = loss(model, *batch)
         for each in optimizers:
             each.zero_grad()
-        value.backward()
-        for name, parameter in named.items() if not found.losses else ():
-            gradient = parameter.grad
-            found.gradients[name] = None if gradient is None else gradient.detach().clone()
+        value.backward()  # type: ignore[no-untyped-call]
+        if not losses:
+            gradients = gradients_of(named)
         for each in optimizers:
             each.step()
-        found.losses.append(value.item())
-    return found
+        losses.append(value.item())
+    after, buffers = _copies(named), _copies(dict(named_buffers(model)))
+    by_hand = do_by_hand(model, named, optimizers, loss, _even(batches[-1], world.size))
+    if itself is not None:
+        itself.close()
+    return _Alone(losses, before, gradients, after, buffers, by_hand)
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in tensors.items()}
+
+
+def _even(batch: Sequence[Any], ranks: int) -> list[Any]:
+    """As much of a batch as has the same share for each rank."""
+    count = len(batch[0]) // ranks * ranks
+    return [part[:count] for part in batch]
+
+
+def _part(batch: Sequence[Any], world: World) -> list[Any]:
+    count = len(batch[0])
+    start, stop = (count * at // world.size for at in (world.rank, world.rank + 1))
+    return [part[start:stop] for part in batch]
 
 
 def _compare(
@@ -212,35 +258,45 @@ def _compare(
 ) -> StageResult:
     torch.manual_seed(seed)
     plain, plain_optimizer, loss = build()
+    calls = [0 for _ in _listed(plain_optimizer)]
+    for at, each in enumerate(_listed(plain_optimizer)):
+        each.register_step_post_hook(_counter(calls, at))
     kept = options if stage else {}
     model, optimizer = zero(plain, plain_optimizer, stage, world=world, **kept)
-    optimizers = _listed(optimizer)
+    optimizers, named = _listed(optimizer), dict(named_parameters(plain))
     differences: list[float] = []
     gradient, gradient_by = None, 0.0
     for batch, should in zip(batches, alone.losses, strict=True):
-        count = len(batch[0])
-        start, stop = (count * at // world.size for at in (world.rank, world.rank + 1))
+        count, own = len(batch[0]), _part(batch, world)
         is_made = False
         while not is_made:  # a loss scale has to be found first
             if count % world.size:
-                model.weigh(stop - start)
-            value = loss(model, *(part[start:stop] for part in batch))
+                model.weigh(len(own[0]))
+            value = loss(model, *own)
             for each in optimizers:
                 each.zero_grad()
             value.backward()
             if not differences:
-                gradient, gradient_by = _largest_difference(model, alone.gradients)
+                gradient, gradient_by = largest_difference(gradients_of(named), alone.gradients)
             for each in optimizers:
                 each.step()
             is_made = not any(getattr(each, "step_was_skipped", False) for each in optimizers)
-        found = world.allreduce(value.item() * (stop - start)) / count
+        found = world.allreduce(value.item() * len(own[0])) / count
         differences.append(abs(found - should) / max(abs(should), 1e-30))
     wrong = [step for step, each in enumerate(differences) if not each <= bounds.loss]
-    state = model.state_dict()
-    name, by = _first_difference(state, alone.model, bounds.parameter)
-    update_by = _update_difference(state, alone)
+    values = {name: full_parameter(parameter) for name, parameter in named.items()}
+    name, by = _first_difference(values, alone.parameters, bounds.parameter)
+    update_by = _update_difference(values, alone)
     largest = float(world.allreduce(max(differences, default=0.0), "max"))
-    return StageResult(
+    others = [*_buffers_that_differ(plain, alone, bounds, world, options, stage)]
+    by_hand = do_by_hand(
+        model, named, optimizers, loss, _part(_even(batches[-1], world.size), world),
+        alone.by_hand.norm,
+    )  # fmt: skip
+    others += compare_by_hand(by_hand, alone.by_hand, bounds.gradient, bounds.written)
+    if any(each != len(batches) + 1 for each in calls):
+        others.append(f"the optimizer was called {calls} times in {len(batches) + 1} steps")
+    mine = StageResult(
         stage,
         largest,
         wrong[0] if wrong else None,
@@ -250,59 +306,67 @@ def _compare(
         gradient_by,
         update_by,
         update_by <= bounds.update,
+        tuple(others),
     )
+    everyones = world.gather_objects(mine)  # replicas may differ on one rank alone
+    return next((each for each in everyones if not each.ok), everyones[0])
+
+
+def _counter(calls: list[int], at: int) -> Callable[..., None]:
+    def count(*_: Any) -> None:
+        calls[at] += 1
+
+    return count
+
+
+def _buffers_that_differ(
+    plain: nn.Module,
+    alone: _Alone,
+    bounds: _Bounds,
+    world: World,
+    options: Mapping[str, Any],
+    stage: int,
+) -> list[str]:
+    """From one process's, or between ranks that are to have the same."""
+    found, said = _copies(dict(named_buffers(plain))), []
+    if not bounds.is_narrow:  # where a step may have been repeated, and inputs are rounded
+        name, by = _first_difference(found, alone.buffers, bounds.parameter)
+        if name is not None:
+            said.append(f"buffer {name!r} by {by:.3g}")
+    if not stage or options.get("broadcast_buffers", True):
+        everyones = world.gather_objects([digest_of([octets(each)]) for each in found.values()])
+        for at, name in enumerate(found):
+            if any(each[at] != everyones[0][at] for each in everyones):
+                said.append(f"buffer {name!r} between ranks")
+                break
+    return said
 
 
 def _listed(optimizer: Any) -> list[Any]:
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
-def _largest_difference(
-    model: Any, expected: dict[str, torch.Tensor | None]
-) -> tuple[str | None, float]:
-    """The parameter whose mean gradient differs most, and by how much beside its length."""
-    named = dict(named_parameters(model.module))
-    whole = _length([each for each in expected.values() if each is not None])
-    worst: tuple[str | None, float] = (None, 0.0)
-    for name, should in expected.items():
-        is_sharded = isinstance(model, ShardedModule)
-        found = model.gradient(name) if is_sharded else named[name].grad
-        # None here, and zero there: both are no gradient.
-        given, wanted = (
-            torch.zeros_like(named[name], dtype=torch.float64) if each is None else each.double()
-            for each in (found, should)
-        )
-        short = max(_length([wanted]), _SHORT * whole, 1e-30)
-        by = _length([given - wanted]) / short
-        if not by <= worst[1]:
-            worst = name, by
-    return worst
-
-
-def _update_difference(state: dict[str, Any], alone: _Alone) -> float:
+def _update_difference(values: Mapping[str, torch.Tensor], alone: _Alone) -> float:
     """Of the way from the first parameters to the last, beside its length."""
     ways = []
-    for name, should in named_parameters(alone.model):
+    for name, should in alone.parameters.items():
         if should.is_floating_point() or should.is_complex():
             before = alone.before[name]
-            ways.append((state[name].to(should) - before, should.detach() - before))
-    length = _length([should for _, should in ways])
-    difference = _length([found - should for found, should in ways])
-    return difference / length if length else difference
-
-
-def _length(tensors: Sequence[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(each.abs().double().pow(2).sum()) for each in tensors))
+            ways.append((values[name].to(should) - before, should - before))
+    whole = length([should for _, should in ways])
+    difference = length([found - should for found, should in ways])
+    return difference / whole if whole else difference
 
 
 def _first_difference(
-    state: dict[str, Any], reference: nn.Module, tolerance: float
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
 ) -> tuple[str | None, float]:
-    """The first parameter that differs, and by how much beside its largest number."""
-    for name, should in named_parameters(reference):
-        scale = max(float(should.detach().abs().max()), 1e-30) if should.numel() else 1.0
-        difference = (state[name].to(should) - should.detach()).abs()
-        by = float(difference.max()) / scale if should.numel() else 0.0
+    """The first tensor that differs, and by how much beside its largest number."""
+    for name, should in expected.items():
+        if not should.numel():
+            continue
+        scale = max(float(should.abs().max()), 1e-30)
+        by = float((found[name].to(should) - should).abs().max()) / scale
         if not by <= tolerance:
             return name, by
     return None, 0.0

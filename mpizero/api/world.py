@@ -318,6 +318,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         if self._node is not None:
             self._node.finish()
 
+    def __deepcopy__(self, memo: Any) -> World:
+        """The very one: a copy of what holds it talks to the same ranks."""
+        return self
+
     def close(self) -> None:
         """Finish what is under way and give communicators and shared memory back.
 

@@ -15,7 +15,7 @@ from mpizero_torch.hooks import BackwardHooks, LocalPass, Owner, check_dense, ti
 from mpizero_torch.replica_hooks import AfterAverage
 from mpizero_torch.sharding.mean_gradients import MeanGradients
 from mpizero_torch.sharding.schedule import UnitSchedule
-from mpizero_torch.sharding.stand_in import HeldGradient, ShardedGradient, values_of
+from mpizero_torch.sharding.stand_in import HeldGradient, values_of
 
 Fill = Callable[[tuple[int, int], Sequence[Filling]], Sequence[int]]
 Left = Callable[[], Sequence[int]]
@@ -98,15 +98,20 @@ class ShardHooks(BackwardHooks):
         return self._reducer
 
     def left(self) -> list[int]:
-        """The parameters with a gradient that has not been put into a segment."""
-        segments_of = self._reducer.segments_of
+        """The parameters with a gradient that has not been put into all of its segments."""
         return [
             index
-            for index, parameter in enumerate(self._all)
-            if parameter.grad is not None
-            and values_of(parameter) is not None
-            and segments_of(index)
+            for index in range(len(self._all))
+            if any(self._reducer.pieces[number].trained for number in self._to_be_put(index))
         ]
+
+    def _to_be_put(self, index: int) -> Collection[int]:
+        """The segments that have yet to get a parameter's gradient."""
+        if index in self._leaving:  # others have been sent with their part
+            return self._leaving[index][1]
+        if values_of(self._all[index]) is None:  # also if there is none
+            return ()
+        return self._reducer.segments_of(index)
 
     @property
     def announced(self) -> Collection[int]:
@@ -160,16 +165,19 @@ class ShardHooks(BackwardHooks):
         self._gradients.follow(came)
         self._before_pass()
         self._came.clear()
+        self._gradients.give_way()
         own = self._own_hooks
         for index, parameter in enumerate(self._all):
-            # Autograd is about to add gradients to what is there.
-            if isinstance(parameter.grad, ShardedGradient):
-                parameter.grad = None
             hooks: Any = parameter._post_accumulate_grad_hooks
             if hooks and len(hooks) > (index in own):
                 self._after[index] = AfterAverage({}, parameter, hooks)
                 self._after[index].take(own.get(index))
                 parameter._post_accumulate_grad_hooks = self._after[index]
+
+    def come_unannounced(self) -> None:
+        """A gradient is about to come to a parameter that has one in the shards."""
+        if self._pass is None:
+            self._begin_unannounced()
 
     def average_kept(self) -> None:
         self._prepare()
@@ -272,7 +280,7 @@ class ShardHooks(BackwardHooks):
 
     def _show_held(self) -> None:
         for index, held in self._held.items():
-            self._all[index].grad = HeldGradient.of(self._all[index], held)
+            self._gradients.stand_in(index, HeldGradient.of(self._all[index], held))
 
     def _any_kept(self) -> bool:
         return bool(self._held) or any(p.grad is not None and bool(p.grad.any()) for p in self._all)

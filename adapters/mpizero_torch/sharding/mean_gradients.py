@@ -18,6 +18,7 @@ from torch import nn
 
 from mpizero import ArgumentError, MpizeroError
 from mpizero_torch import slices
+from mpizero_torch.sharding.guards import Guards
 from mpizero_torch.sharding.optimizer import ShardedOptimizer
 from mpizero_torch.sharding.runs import Run
 from mpizero_torch.sharding.stand_in import ShardedGradient
@@ -29,7 +30,8 @@ class MeanGradients:
     """Of ``named`` parameters, in the runs of ``optimizers``.
 
     ``is_reduced(index)``: is this parameter's gradient averaged at all? ``kept()``: the numbers of
-    those that have a gradient of this rank's own beside, which no pass has averaged.
+    those that have a gradient of this rank's own beside, which no pass has averaged. ``come()``: a
+    gradient is about to be added to one of these.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class MeanGradients:
         optimizers: Sequence[ShardedOptimizer],
         is_reduced: Callable[[int], bool],
         kept: Callable[[], Collection[int]],
+        come: Callable[[], None],
     ) -> None:
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
@@ -52,8 +55,7 @@ class MeanGradients:
             ShardedGradient.for_parameter(parameter, name, self._changer(index))
             for index, (name, parameter) in enumerate(named)
         ]
-
-        self._fresh = [stand_in._version for stand_in in self._stand_ins]
+        self._guards = Guards(self._parameters, come)
 
     def placed(self, anywhere: Sequence[bool]) -> None:
         """A pass has put gradients into the shards, of these parameters."""
@@ -73,7 +75,19 @@ class MeanGradients:
         """Let ``.grad`` say where the gradients are."""
         for index in self.marks:
             if self._parameters[index].grad is None:
-                self._parameters[index].grad = self._stand_ins[index]
+                self.stand_in(index)
+
+    def give_way(self) -> None:
+        """Autograd is about to add gradients to what is there: not to a stand-in."""
+        self._guards.remove()
+        for parameter in self._parameters:
+            if isinstance(parameter.grad, ShardedGradient):
+                parameter.grad = None
+
+    def stand_in(self, index: int, shown: ShardedGradient | None = None) -> None:
+        """Let a stand-in, the mean's by default, be a parameter's ``.grad``."""
+        self._parameters[index].grad = self._stand_ins[index] if shown is None else shown
+        self._guards.watch(index)
 
     def saw(self) -> None:
         """The shards are as the passes, and what is done here, have left them."""
@@ -108,10 +122,7 @@ class MeanGradients:
             if gradient is None or (came and index not in kept and _is_plain(gradient)):
                 if index in self.marks:
                     gone.append(index)
-            elif gradient is self._stand_ins[index]:
-                if came and gradient._version != self._fresh[index]:
-                    raise _into_a_stand_in(self._names[index])
-            elif index not in kept:
+            elif gradient is not self._stand_ins[index] and index not in kept:
                 if isinstance(gradient, ShardedGradient):
                     raise _not_its_own(self._names[index])
                 if not kept and self._is_reduced(index):
@@ -174,7 +185,7 @@ class MeanGradients:
 
     def set(self, index: int, gradient: torch.Tensor) -> None:
         """Let this be a parameter's gradient: this rank keeps its part of it."""
-        parameter, name = self._parameters[index], self._names[index]
+        name = self._names[index]
         if gradient.is_sparse or gradient.requires_grad:
             raise ArgumentError(
                 ".grad", "gradient", f"sparse or differentiable for parameter '{name}'",
@@ -189,7 +200,7 @@ class MeanGradients:
             if index in optimizer.members:
                 optimizer.receive(lambda each: each == index)
         self._note(index, "set", flat)
-        parameter.grad = self._stand_ins[index]
+        self.stand_in(index)
         if not was_written:
             self.saw()
 
@@ -369,13 +380,6 @@ def _not_its_own(name: str) -> MpizeroError:
     return MpizeroError(
         f".grad of '{name}' was set to another parameter's, which is sharded over the ranks. Use "
         "mz.set_gradient(p, mz.full_gradient(q))."
-    )
-
-
-def _into_a_stand_in(name: str) -> MpizeroError:
-    return MpizeroError(
-        f"backward(): it came to '{name}', which has a gradient already, without passing an output "
-        "of the wrapped module. To add up gradients, call the module that mz.zero() gave back."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -101,6 +102,7 @@ class ShardedModule(DistributedModule):
             self._optimizers,
             lambda index: bool(self.sharder.segments_of(index)),
             lambda: self._hooks.here(),
+            self._come_unannounced(),
         )
         self._hooks = self._make_hooks()
         runs, number = self._state.make_runs(self.sharder), 0
@@ -358,7 +360,15 @@ class ShardedModule(DistributedModule):
                     "parameters of the model that are in no group of the optimizer",
                 )  # fmt: skip
             members.append(index)
-        self.world.agree([str(members)], "the parameters of the new group")
+        have = [self._named[at][0] for at in members if self._named[at][1].grad is not None]
+        self.world.agree([str(members), str(have)], "the parameters of the new group")
+        if have:
+            raise ArgumentError(
+                "add_param_group()", "params", f"'{have[0]}', which has a gradient already",
+                "parameters without one",
+                "It was computed while it was in no group, on this rank's batch alone. Forget it "
+                "with model.zero_grad(), or add the group before backward().",
+            )  # fmt: skip
         partition = self._partitions[self._optimizers.index(optimizer)]
         self.follow("add_param_group()")
         let_go = self.hold(range(len(self._named)))
@@ -440,6 +450,16 @@ class ShardedModule(DistributedModule):
             schedule=self._schedule,
             gradients=self.gradients,
         )
+
+    def _come_unannounced(self) -> Callable[[], None]:
+        found = weakref.ref(self)  # torch would keep the model with the parameters' hooks
+
+        def come() -> None:
+            module = found()
+            if module is not None:
+                module._hooks.come_unannounced()
+
+        return come
 
     def _memory_to_hold(self) -> Any:
         """Where gradients that stay on this rank are added up; None: where autograd puts them."""
