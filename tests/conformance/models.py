@@ -1,6 +1,6 @@
 """Train tiny models of transformers' architectures sharded, beside one process.
 
-    mpirun -n 2 python tests/conformance/models.py [--only NAME ...] [--every N] [--json FILE]
+    mpirun -n 2 python tests/conformance/models.py [--only NAME ...] [--every N] [--lines FILE]
 
 Each takes three steps in float32 at stages 0, 2, 3 and 3 without shared parameters, and must have
 the losses and the parameters of one process with the whole batch; and one backward pass in bfloat16
@@ -38,6 +38,7 @@ EXACT = 1e-5
 # Of the norm. The scale is one with which no gradient of these models overflows.
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OF_THE_NORM, SCALE = 2e-2, 64.0
+LEFT_OUT = "left out"
 
 
 def train(found: Architecture, size: int, **way: Any) -> tuple[list[float], dict[str, Any]]:
@@ -134,12 +135,19 @@ def _part(value: torch.Tensor, rank: int) -> torch.Tensor:
     return value[rank * PER_RANK : (rank + 1) * PER_RANK]
 
 
+def _note(lines: Path | None, name: str, found: dict[str, str]) -> None:
+    """At once: the next one may end the launch."""
+    if lines and mz.init().rank == 0:
+        with lines.open("a") as file:
+            file.write(json.dumps({name: found}) + "\n")
+
+
 def main() -> int:
     """Run them all, or some."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="*", help="these, by their names")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th")
-    parser.add_argument("--json", type=Path, help="write what was found")
+    parser.add_argument("--lines", type=Path, help="add what was found, a line of JSON for each")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     world = mz.init()
@@ -153,22 +161,22 @@ def main() -> int:
     for name, found, why in architectures(wanted):
         # All ranks must go on with the same.
         if not all(world.gather_objects(found is not None)) or found is None:
-            table[name] = {"left out": why}
+            table[name] = {LEFT_OUT: why}
+            _note(chosen.lines, name, table[name])
             continue
         number += 1
         if (number - 1) % chosen.every:
             continue
         results = table[name] = check(found)
+        _note(chosen.lines, name, results)
         wrong = {way: said for way, said in results.items() if said}
         if world.rank == 0:
             shown = "; ".join(f"{way}: {said}" for way, said in wrong.items()) or "as one process"
             print(f"{name}: {shown}", flush=True)
-    tried = {name: found for name, found in table.items() if "left out" not in found}
+    tried = {name: found for name, found in table.items() if LEFT_OUT not in found}
     bad = [name for name, found in tried.items() if any(found.values())]
     if world.rank == 0:
         print(f"{len(tried)} architectures, {len(bad)} differ: {', '.join(bad) or 'none'}")
-        if chosen.json:
-            chosen.json.write_text(json.dumps(table, indent=1) + "\n")
     return 1 if bad else 0
 
 
