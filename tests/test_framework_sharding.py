@@ -1,7 +1,8 @@
-"""Accelerate and ``Trainer`` sharding as their own configuration says: n ranks learn what one does.
+"""Accelerate, ``Trainer`` and Lightning sharding as their configuration says.
 
-The programs are in ``support.framework_runs``; they use nothing of mpizero but ``init()``. One
-launch for each number of ranks; the larger ones also go on from what one process has saved.
+n ranks learn what one process does. The programs are in ``support.framework_runs``, and use nothing
+of mpizero but ``init()`` and the strategies. One launch for each number of ranks; the larger ones
+also go on from what one process has saved.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Any
 
 import pytest
 
-from support.framework_runs import GROUPS
+from support.framework_runs import FEW, GROUPS
 from support.launch import ROOT, launch_environment, mpirun
 
-FRAMEWORKS = ("accelerate", "transformers")
+FRAMEWORKS = ("accelerate", "pytorch_lightning", "transformers")
 MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.timeout(600),  # three launches, by the first test
+    pytest.mark.timeout(900),  # three launches, by the first test
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
@@ -47,12 +48,12 @@ class Runs:
         changes = {"PYTHONPATH": os.pathsep.join(map(str, search)), "HF_HUB_OFFLINE": "1"}
         self.said = {}
         alone = subprocess.run(
-            [sys.executable, *program], env=launch_environment(changes), timeout=190,
+            [sys.executable, *program], env=launch_environment(changes), timeout=280,
             capture_output=True, text=True,
         )  # fmt: skip
         self.said[1] = alone.stderr
         for ranks in RANKS:
-            self.said[ranks] = mpirun(ranks, program, timeout=190, env=changes).stderr
+            self.said[ranks] = mpirun(ranks, program, timeout=280, env=changes).stderr
         self.found = {
             n: json.loads((folder / f"{n}.json").read_text())
             if (folder / f"{n}.json").exists()
@@ -71,8 +72,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("sharding"))
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "ranks"), [(name, 2) for name in NAMES] + [(name, 3) for name in FEW]
+)
 def test_ranks_learn_what_one_process_learns(runs: Runs, name: str, ranks: int) -> None:
     ours, alone = runs.result(ranks, name), runs.result(1, name)
     bound = BEST if name == "trainer best" else HALF if "16" in name else EXACT

@@ -380,8 +380,10 @@ GROUPS: dict[str, dict[str, Callable[[Path], Result]]] = {
     },
 }
 # What is run on three ranks: one of each kind.
-FEW = ("trainer private", "trainer sections", "trainer resumed", "trainer fsdp", "accelerate stage 2",
-       "lightning private", "lightning manual")  # fmt: skip
+FEW = (
+    "trainer private", "trainer sections", "trainer resumed", "trainer fsdp", "accelerate stage 2",
+    "lightning private", "lightning manual",
+)  # fmt: skip
 
 
 def main() -> None:

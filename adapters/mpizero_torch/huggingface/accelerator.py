@@ -66,7 +66,7 @@ def sharded(model: nn.Module) -> DistributedModule | None:
 
 
 def prepare(before: Any, self: Any, *objects: Any, device_placement: Any = None) -> Any:
-    """Shard the models that are given together with their optimizers, and have the rest prepared."""
+    """Shard models that are given together with their optimizers; the rest is Accelerate's."""
     settings = settings_for(self)
     if settings is None:
         return before(self, *objects, device_placement=device_placement)
@@ -160,7 +160,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def _tell_precision() -> None:
-    """``accelerator.mixed_precision``, by which programs choose dtypes, says what is computed in."""
+    """``accelerator.mixed_precision``, by which programs choose dtypes, is what is computed in."""
     plain = Accelerator.mixed_precision
     if getattr(plain.fget, "is_ours", False):
         return

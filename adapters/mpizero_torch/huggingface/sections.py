@@ -120,7 +120,7 @@ def _then_cosine(params: dict[str, Any], base: float) -> Callable[[int], float]:
         if at < steps:
             return float(base * (lowest + (1 - lowest) * part(at)))
         gone = min(1.0, (at - steps + 1) / max(1, total - steps))
-        return base * (floor + (1 - floor) * (1 + math.cos(math.pi * gone)) / 2)
+        return float(base * (floor + (1 - floor) * (1 + math.cos(math.pi * gone)) / 2))
 
     return rate
 

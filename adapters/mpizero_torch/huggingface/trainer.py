@@ -72,7 +72,7 @@ def create_optimizer(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return before(self, *args, **kwargs)
     if self.optimizer is not None:
         raise ArgumentError(
-            "deepspeed", "optimizer", "a section of the configuration, and one was given to Trainer",
+            "deepspeed", "optimizer", "a section of the configuration, beside Trainer's own",
             "one of the two",
         )  # fmt: skip
     trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

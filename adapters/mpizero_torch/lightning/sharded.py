@@ -41,7 +41,7 @@ class ZeroPrecision(_precision.Precision):  # type: ignore[misc]
             raise ArgumentError(
                 "clip_gradients()", argument, "given, with several optimizers", "one optimizer",
                 "Gradients are clipped over the whole model: mpizero_torch.clip_grad_norm_("
-                "self.trainer.strategy.model, ...), when all of them have been computed.",
+                "self.trainer.strategy.sharded, ...), when all of them have been computed.",
             )  # fmt: skip
         return self.strategy.sharded
 
@@ -76,8 +76,9 @@ class ZeroStrategy(MpiStrategy):
         self.accelerator.setup(trainer)
         if self.sharded is not None:
             raise MpizeroError(
-                "fit(): this module has been sharded by a fit() before, together with the optimizers "
-                "of that. To train on, build it anew and give fit() a checkpoint: ckpt_path=..."
+                "fit(): this module has been sharded by a fit() before, together with the "
+                "optimizers of that. To train on, build it anew and give fit() a checkpoint "
+                "(ckpt_path=...)."
             )
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
@@ -88,9 +89,16 @@ class ZeroStrategy(MpiStrategy):
                 "fit()", "configure_optimizers", "without an optimizer", "one or several of them"
             )
         self.sharded, self.optimizers = zero(self.model, plain, self._stage, **self._options)
+        self._let_go_through()
         self.model = self.sharded
         _SHARDED[self.lightning_module] = self.sharded
         self.lightning_module.toggle_optimizer = _no_toggling
+
+    def _let_go_through(self) -> None:
+        """Lightning's optimizers are copies of the sharded ones, by which these must act."""
+        for each in self._lightning_optimizers:
+            for name in ("zero_grad", "state_dict", "load_state_dict", "add_param_group"):
+                setattr(each, name, getattr(each._optimizer, name))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Through the sharded module; where the step runs backward itself, as it is."""
