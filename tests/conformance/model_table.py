@@ -36,7 +36,7 @@ REASONS: dict[str, str] = {
     "`float32=` as the remedy.",
     "causal cpmant": "The model's own rounding: one process in bf16 has the norm 15.703, too.",
     "masked funnel": "The model's own rounding: one process in bf16 has the norm 1.4955, too.",
-    "causal gemma4_unified_text": "The model's own rounding: one process that adds up the gradients "
+    "causal gemma4_unified_text": "The model's own rounding: one process that adds up gradients "
     "of two halves of the batch is off by the same 4.4e-5.",
     "seq2seq longt5": _LARGE,
     "image beit": _LARGE,
