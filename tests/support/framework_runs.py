@@ -243,6 +243,7 @@ def lightning_run(strategy: str, manual: bool = False, **options: Any) -> Callab
     def run(folder: Path) -> Result:
         import pytorch_lightning as pl
 
+        import mpizero_torch as mz
         from mpizero_torch.lightning import ZeroStrategy
 
         class Module(pl.LightningModule):  # type: ignore[misc]
@@ -288,6 +289,9 @@ def lightning_run(strategy: str, manual: bool = False, **options: Any) -> Callab
                 return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
 
         def trainer(epochs: int) -> Any:
+            if "scale" in options:  # with which nothing overflows, on any number of ranks
+                scale = options.pop("scale")
+                options["precision"] = mz.MixedPrecision("fp16", initial_scale=scale)
             chosen = ZeroStrategy(**options) if strategy == "zero" else strategy
             clips = {} if manual else {"gradient_clip_val": 0.5, "accumulate_grad_batches": 3}
             return pl.Trainer(
@@ -374,7 +378,7 @@ GROUPS: dict[str, dict[str, Callable[[Path], Result]]] = {
         "stage 2": lightning_run("zero", stage=2),
         "private": lightning_run("zero", stage=3, share_parameters=False, segment_mb=0.001),
         "bf16": lightning_run("zero", stage=3, precision="bf16"),
-        "fp16": lightning_run("zero", stage=2, precision="fp16"),
+        "fp16": lightning_run("zero", stage=2, precision="fp16", scale=256.0),
         "manual": lightning_run("zero", manual=True, stage=3, share_parameters=False),
         "manual plain": lightning_run("mpizero", manual=True),
     },

@@ -60,9 +60,22 @@ class ZeroStrategy(MpiStrategy):
     def __init__(self, stage: int = 2, *, timeout: timedelta = TIMEOUT, **options: Any) -> None:
         self._stage, self._options = stage, options
         self.sharded: DistributedModule | None = None
-        plugin = ZeroPrecision()
-        plugin.strategy = self
-        super().__init__(timeout=timeout, precision_plugin=plugin)
+        self._clips = ZeroPrecision()
+        self._clips.strategy = self
+        super().__init__(timeout=timeout, precision_plugin=self._clips)
+
+    @property
+    def precision_plugin(self) -> Any:
+        """What clips, also where the strategy was given by its name."""
+        return self._clips
+
+    @precision_plugin.setter
+    def precision_plugin(self, given: Any) -> None:
+        if given is not None and type(given) not in (ZeroPrecision, _precision.Precision):
+            raise ArgumentError(
+                "Trainer()", "precision", f"one of a {type(given).__name__}", "nothing",
+                "It is the strategy's: ZeroStrategy(stage=2, precision='bf16').",
+            )  # fmt: skip
 
     def setup(self, trainer: Any) -> None:
         """Shard the module together with its optimizers, if it is to be trained. Collective."""
