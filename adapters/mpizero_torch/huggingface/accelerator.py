@@ -70,8 +70,8 @@ def prepare(before: Any, self: Any, *objects: Any, device_placement: Any = None)
     settings = settings_for(self)
     if settings is None:
         return before(self, *objects, device_placement=device_placement)
-    objects = _shard(self, settings, objects)
-    found = before(self, *objects, device_placement=device_placement)
+    ours = _shard(self, settings, objects)
+    found = before(self, *ours, device_placement=device_placement)
     for each in self._schedulers:  # a schedule keeps to the optimizer that it was made for
         for optimizer in self._optimizers:
             inner = getattr(optimizer.optimizer, "inner", None)

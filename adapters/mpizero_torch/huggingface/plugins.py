@@ -63,7 +63,7 @@ def _of_deepspeed(plugin: Any, precision: str, steps: int, world: World) -> Sett
         if precision == name and not {"bf16", "fp16"} & config.keys():
             config = {**config, name: {"enabled": True}}
     auto = {"bf16.enabled": precision == "bf16", "fp16.enabled": precision == "fp16"}
-    known = {
+    known: dict[str, Any] = {
         key: value for key, value in auto.items() if precision != "no" or _is_auto(config, key)
     }
     if config.get("gradient_clipping") == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace as with_changes
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ def _read(arguments: Any, world: World) -> Settings:
         "optimizer.params.weight_decay": arguments.weight_decay,
         "scheduler.params.warmup_max_lr": arguments.learning_rate,
     }
-    free = {"scheduler.params.warmup_min_lr": 0.0}
+    free: dict[str, Any] = {"scheduler.params.warmup_min_lr": 0.0}
     free |= {f"scheduler.params.{name}": AUTO for name in _LATER}
     config = load(arguments.deepspeed)
     for name in ("bf16", "fp16"):  # as Accelerate does where the configuration does not say
@@ -127,7 +128,7 @@ def load_whole(before: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return before(self, *args, **kwargs)
 
 
-_METHODS = {
+_METHODS: dict[str, Callable[..., Any]] = {
     "create_optimizer": create_optimizer,
     "create_scheduler": create_scheduler,
     "save_model": save_model,

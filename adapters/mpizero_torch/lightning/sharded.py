@@ -96,12 +96,13 @@ class ZeroStrategy(MpiStrategy):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         self.setup_optimizers(trainer)
-        plain = list(self.optimizers)
+        plain: list[Any] = list(self.optimizers)
         if not plain:
             raise ArgumentError(
                 "fit()", "configure_optimizers", "without an optimizer", "one or several of them"
             )
-        self.sharded, self.optimizers = zero(self.model, plain, self._stage, **self._options)
+        self.sharded, made = zero(self.model, plain, self._stage, **self._options)
+        self.optimizers = made
         self._let_go_through()
         self.model = self.sharded
         _SHARDED[self.lightning_module] = self.sharded
