@@ -96,7 +96,7 @@ class ZeroStrategy(MpiStrategy):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         self.setup_optimizers(trainer)
-        plain: list[Any] = list(self.optimizers)
+        plain: list[Any] = list(self._optimizers)
         if not plain:
             raise ArgumentError(
                 "fit()", "configure_optimizers", "without an optimizer", "one or several of them"
