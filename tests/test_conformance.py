@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from conformance import compare, page, stored
+from conformance import compare, model_table, page, stored
 from conformance.launches import Setting, run_tests
 from conformance.outcomes import FAILED, PASSED, SKIPPED, Outcome, together
 from conformance.tables import BACKEND, DDP, TABLES, Table
@@ -115,6 +115,17 @@ def test_models_of_transformers_train_as_in_one_process() -> None:
     done = mpirun(2, [str(script), "--only", *QUICK_MODELS], timeout=360)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(QUICK_MODELS)} architectures, 0 differ" in done.stdout, done.stdout
+
+
+@pytest.mark.once
+def test_the_page_shows_the_models_and_why_some_differ() -> None:
+    made_with, results = model_table.stored()
+    text = page.PAGE.read_text()
+    assert model_table.put_in(text, model_table.section(made_with, results)) == text
+    tried = {name for name, found in results.items() if model_table.LEFT_OUT not in found}
+    differing = {name for name in tried if any(results[name].values())}
+    assert len(tried) > 100 and not differing & set(QUICK_MODELS)
+    assert differing == set(model_table.REASONS)
 
 
 @pytest.mark.once

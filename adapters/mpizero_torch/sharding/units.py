@@ -68,7 +68,7 @@ class Unit:
         self.is_exposed = False
         self._pending: list[Handle] = []
         self._filled = -1  # as of which change of the parameter memory
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
 
     def settle(self, parameters: Sequence[nn.Parameter]) -> None:
         """Its parameters have found their places in its spaces: cover them."""
@@ -178,20 +178,24 @@ class Unit:
         for parameter, kind in self.parameters:
             parameter.__class__ = kind if shown else covered(kind)
 
-    def _current_versions(self) -> list[int]:
-        """How often torch has written to each parameter (while they are plain ones)."""
+    def _current_versions(self) -> list[int | None]:
+        """How often torch has written to each parameter (while they are plain ones).
+
+        None: in memory of ``torch.inference_mode``, where nobody counts.
+        """
         return [
-            0 if parameter.is_inference() else slices.local(parameter)._version
+            None if parameter.is_inference() else slices.local(parameter)._version
             for parameter, _ in self.parameters
         ]
 
     def _check_unwritten(self) -> None:
         """Raise MpizeroError if somebody has written to gathered values, which nobody keeps."""
         before, self._versions = self._versions, self._current_versions()
-        if before == self._versions:
+        counts = enumerate(zip(before, self._versions, strict=True))
+        at = next((at for at, (old, new) in counts if None not in (old, new) and old != new), None)
+        if at is None:
             return
         self._filled = -1
-        at = next(at for at, old in enumerate(before) if old != self._versions[at])
         shape = tuple(self.parameters[at][0].shape)
         raise MpizeroError(
             f"A parameter of '{self.name or 'the module'}', of shape {shape}, was written to in "

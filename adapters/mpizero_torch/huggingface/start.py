@@ -1,14 +1,8 @@
-"""Hugging Face Accelerate and ``transformers.Trainer`` on the ranks of an MPI job.
-
-    import mpizero_torch.huggingface
-
-    world = mpizero_torch.huggingface.init()  # before Accelerator() or TrainingArguments(...)
-
-Nothing else changes: both read torchrun's variables and use the process group that they find.
-"""
+"""Starting: MPI, and what Accelerate goes by when it looks for other ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from datetime import timedelta
 from typing import Any
@@ -29,16 +23,26 @@ from mpizero_torch.process_group import (
 def init(*, timeout: timedelta = TIMEOUT) -> World:
     """Start MPI and make Accelerate's state that of this job's ranks. Returns the World.
 
-    Collective; call it before anything else of Accelerate or ``Trainer``. On several ranks it sets
+    Collective; call it before anything else of Accelerate or ``Trainer``. From then on these train
+    sharded where they are told to: by ``TrainingArguments(deepspeed=...)`` or ``(fsdp=...)``, by
+    ``Accelerator(deepspeed_plugin=...)`` or ``(fsdp_plugin=...)``, or by what ``accelerate launch``
+    would set; DeepSpeed is not needed for that. On several ranks it sets
     ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``, makes the process group
-    "mpizero", and asks for the CPU (``ACCELERATE_USE_CPU``) where that is mpizero's device. On one
-    it does nothing but start MPI. ``timeout``: of torch's monitored barriers. Raises LaunchError
+    "mpizero", and asks for the CPU (``ACCELERATE_USE_CPU``) where that is mpizero's device.
+    ``timeout``: of torch's monitored barriers. Raises LaunchError
     where Accelerate has started already and knows nothing of the other ranks, where torch sees a
     GPU and mpizero none, and where there is a process group with another backend.
     """
     from accelerate.state import PartialState  # late: an optional dependency
 
+    from mpizero_torch.huggingface import accelerator
+
     world = runtime.init()
+    accelerator.shard_where_told(world)
+    if importlib.util.find_spec("transformers") is not None:
+        from mpizero_torch.huggingface import trainer
+
+        trainer.save_and_load_whole(world)
     if world.size == 1:
         return world
     _check_device(world)

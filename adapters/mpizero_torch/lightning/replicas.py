@@ -1,13 +1,4 @@
-"""PyTorch Lightning on the ranks of an MPI job.
-
-    import lightning as L  # or: import pytorch_lightning as pl
-    from mpizero_torch.lightning import MpiStrategy
-
-    trainer = L.Trainer(strategy=MpiStrategy())  # or strategy="mpizero"
-
-Lightning comes as two packages whose classes are not each other's: this module's derive from the
-one that was imported before it, else from the one that is installed.
-"""
+"""``MpiStrategy``: a replica on each rank, and what Lightning asks about ranks and nodes."""
 
 from __future__ import annotations
 
