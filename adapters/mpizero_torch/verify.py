@@ -211,13 +211,14 @@ def _alone(build: Build, batches: Sequence[Sequence[Any]], seed: int, world: Wor
             part.world = itself  # the whole batch is here
     optimizers = _listed(optimizer)
     named = dict(named_parameters(model))
-    before, losses = _copies(named), []
+    before = _copies(named)
+    losses: list[float] = []
     gradients: dict[str, torch.Tensor | None] = {}
     for batch in batches:
         value = loss(model, *batch)
         for each in optimizers:
             each.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         if not losses:
             gradients = gradients_of(named)
         for each in optimizers:
@@ -308,7 +309,7 @@ def _compare(
         update_by <= bounds.update,
         tuple(others),
     )
-    everyones = world.gather_objects(mine)  # replicas may differ on one rank alone
+    everyones: list[StageResult] = world.gather_objects(mine)  # replicas may differ on one rank alone
     return next((each for each in everyones if not each.ok), everyones[0])
 
 

@@ -52,11 +52,11 @@ def do_by_hand(
     while True:
         for parameter in named.values():
             parameter.grad = None
-        loss(model, *batch).backward()  # type: ignore[no-untyped-call]
+        loss(model, *batch).backward()
         for parameter in named.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(0.5)
-        loss(model, *batch).backward()  # type: ignore[no-untyped-call]
+        loss(model, *batch).backward()
         added = gradients_of(named)
         found = float(clip_grad_norm_(model, math.inf)) if norm is None else norm
         own = float(clip_grad_norm_(model, found / 2))
