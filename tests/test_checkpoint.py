@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import mpizero
 from mpizero import ArgumentError, CheckpointError, World, checkpoint
-from mpizero.checkpoint import files, mpi_io, progress, tree
+from mpizero.checkpoint import files, mpi_io, progress, read, tree
 from mpizero.checkpoint.folder import discard
 from mpizero.checkpoint.format import DTYPES, TensorSpec, lay_out, parse_header
 from support.killed_calls import dies
@@ -207,6 +207,37 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_without(
         with pytest.raises(CheckpointError, match=r"'a': .*Input/output error"):
             checkpoint.load(folder / "c", world)
     np.testing.assert_array_equal(checkpoint.load(folder / "c", world)["a"], values()["w"])
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("comes", [True, False])
+def test_what_a_rank_does_not_see_yet_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """As on a network's file system that another node has just written to."""
+    world = mpizero.init()
+    checkpoint.save(folder / "c", {"a": values()["w"]}, world)
+    looks, stock = [], os.open
+
+    def late(path: Any, *how: Any, **options: Any) -> int:
+        if str(path).endswith(".safetensors"):
+            looks.append(path)
+            if not comes or len(looks) < 3:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return stock(path, *how, **options)
+
+    with monkeypatch.context() as patch:
+        if not comes:
+            patch.setattr(read, "PATIENCE", 0.25)
+        if world.rank == 1:
+            patch.setattr(os, "open", late)
+        if comes:
+            found = checkpoint.load(folder / "c", world)
+            np.testing.assert_array_equal(found["a"], values()["w"])
+            assert len(looks) >= 3 * (world.rank == 1)
+        else:
+            with pytest.raises(CheckpointError, match=r"cannot be opened: No such file.*0\.25 s"):
+                checkpoint.load(folder / "c", world)
 
 
 @ranks

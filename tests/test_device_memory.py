@@ -20,12 +20,15 @@ import numpy as np
 import pytest
 
 from mpizero.errors import ArgumentError
+from mpizero.memory import arrays
 from mpizero.memory import cuda_aware as awareness
+from mpizero.memory.arrays import assign, open_array, overlap, same_place
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware, probe_in_child
-from mpizero.memory.staging import fence, staged
+from mpizero.memory.order import Order, on_host, on_stream, opened
+from mpizero.memory.staging import staged
 from mpizero.world import device as device_module
 from mpizero.world.device import CudaDevice, Device, HostDevice, as_device_array, bind_device
-from support.fake_cupy import FakeCupy
+from support.fake_cuda import FakeCupy
 
 pytestmark = pytest.mark.once
 
@@ -57,8 +60,25 @@ def filled_by_kernel(cupy: FakeCupy, values: Any) -> Any:
     """A device array whose numbers are still to come, on a stream of the user's."""
     cupy.use_stream("user")
     array = cupy.empty(values.shape, values.dtype)
-    array[...] = values
+    compute(cupy, array, values)
     return array
+
+
+def compute(cupy: FakeCupy, array: Any, values: Any) -> None:
+    """A kernel, queued and not yet run, that puts ``values`` into a device array."""
+    place = array.host
+    cupy.launch(lambda: np.copyto(place, values))
+
+
+def stage(device: CudaDevice, event: Any, *arguments: Any, **options: Any) -> None:
+    """``staged``, on a stream that follows ``event``."""
+    with device.communicating():
+        device.follow(event)
+        staged(device, *arguments, **options)
+
+
+def order_of(device: Device, *arrays: Any) -> Order:
+    return Order(device, on_stream(lambda: None, *arrays))
 
 
 # -- which device --------------------------------------------------------------------------------
@@ -128,9 +148,11 @@ def test_broken_cupy_gives_the_host_and_a_warning(
 
 def test_host_device_waits_for_nothing() -> None:
     device: Device = HostDevice()
-    event = device.record()
-    with fence(device, event):
+    order = order_of(device, np.zeros(3))
+    with order.section(device.new_stream()), device.using(None):
         assert not device.is_device_array(device.empty(3, np.float64))
+    order.wait()
+    assert order.is_done()
     device.activate()
     device.check(np.zeros(3), "f()", "x")
     with pytest.raises(ArgumentError, match="bound to the host"):
@@ -154,7 +176,7 @@ def test_foreign_device_memory_comes_by_dlpack(
     own = cupy.empty(3)
     assert as_device_array(own) is own
     assert isinstance(as_device_array(np.ones(2)), cupy.ndarray)  # has __dlpack__, as torch does
-    assert cupy.log == [("from_dlpack",)]
+    assert cupy.log[0] == ("from_dlpack",)
 
 
 # -- order ---------------------------------------------------------------------------------------
@@ -162,7 +184,7 @@ def test_foreign_device_memory_comes_by_dlpack(
 
 def test_the_stand_in_shows_a_missing_wait(cupy: FakeCupy, device: CudaDevice) -> None:
     array = filled_by_kernel(cupy, numbers(1, 50))
-    staged(device, None, array, array, double, CHUNK)
+    stage(device, None, array, array, double, CHUNK)
     assert not np.array_equal(array.host, 2 * numbers(1, 50))
 
 
@@ -173,7 +195,7 @@ def test_event_is_waited_for_and_result_is_there(
     array = filled_by_kernel(cupy, numbers(1, columns))
     event = device.record()
     array[...] = np.float32(0)  # queued after the submission: must not be waited for
-    staged(device, event, array, array, double, CHUNK)
+    stage(device, event, array, array, double, CHUNK)
     # Looked at without any synchronisation: the last copy has finished.
     assert np.array_equal(array.host, 2 * numbers(1, columns))
 
@@ -182,21 +204,23 @@ def test_event_on_the_raw_stream_of_another_library(cupy: FakeCupy, device: Cuda
     array = filled_by_kernel(cupy, numbers(1, 50))
     pointer = cupy.current_stream.ptr
     cupy.use_stream("another")
-    staged(device, device.record(pointer), array, array, double, CHUNK)
+    stage(device, device.record(pointer), array, array, double, CHUNK)
     assert np.array_equal(array.host, 2 * numbers(1, 50))
 
 
-def test_kernels_inside_a_fence_come_before_staging(cupy: FakeCupy, device: CudaDevice) -> None:
+def test_kernels_of_a_section_come_before_staging(cupy: FakeCupy, device: CudaDevice) -> None:
     source = filled_by_kernel(cupy, numbers(1, 50))
     target = cupy.empty((1, 50), np.float32)
-    with fence(device, device.record()):
+    order = order_of(device, source, target)
+    with order.section():
         target[...] = source
-        staged(device, None, target, target, double, CHUNK)
+        staged(device, target, target, double, CHUNK)
         np.divide(target, 4, out=target)
-    assert np.array_equal(target.host, numbers(1, 50) / 2)
+    order.wait()
+    assert np.array_equal(target.get(), numbers(1, 50) / 2)
 
 
-def test_kernels_inside_a_fence_do_not_overwrite_what_arrives(
+def test_kernels_of_a_section_do_not_overwrite_what_arrives(
     cupy: FakeCupy, device: CudaDevice
 ) -> None:
     target = cupy.empty((1, 500), np.float32)
@@ -204,42 +228,208 @@ def test_kernels_inside_a_fence_do_not_overwrite_what_arrives(
     def receive(host_in: Any, host_out: Any) -> None:
         host_out[...] = 5
 
-    with fence(device, None):
+    with order_of(device, target).section():
         target[...] = np.float32(0)
-        staged(device, None, None, target, receive, CHUNK)
+        staged(device, None, target, receive, CHUNK)
     assert (target.host == 5).all()
 
 
-def test_fence_waits_before_and_synchronises_after(cupy: FakeCupy, device: CudaDevice) -> None:
+def test_mpi_is_given_what_is_there(cupy: FakeCupy, device: CudaDevice) -> None:
     array = filled_by_kernel(cupy, numbers(1, 4))
-    with fence(device, device.record()):
-        assert np.array_equal(array.host, numbers(1, 4))  # what MPI would read
-        array[...] = numbers(1, 4) + 7
-    assert np.array_equal(array.host, numbers(1, 4) + 7)
+    with order_of(device, array).section():
+        array += 1
+        device.settle(array)
+        assert np.array_equal(array.host, numbers(1, 4) + 1)  # what MPI would read
     assert cupy.current_stream.name == "user"
 
 
-def test_fence_is_quiet_after_an_error(cupy: FakeCupy, device: CudaDevice) -> None:
+@pytest.mark.parametrize("order", ["late", "early"])
+def test_a_section_has_its_place_among_the_streams(order: str) -> None:
+    cupy = FakeCupy(order=order)
+    device = CudaDevice(0, cupy)
+    array = filled_by_kernel(cupy, numbers(1, 40))
+    doubled = order_of(device, array)
+    compute(cupy, array, numbers(1, 40) * 0 + 7)  # queued after the submission
+    waited = cupy.host_waits()
+    with doubled.section(device.new_stream()):
+        np.multiply(array, 2, out=array)
+    doubled.wait()
+    array += 1
+    assert cupy.host_waits() == waited
+    assert not doubled.is_done() or order == "early"
+    found = array.get()
+    # (Whoever changes what has been submitted, and does not wait, gets one or the other.)
+    assert all(np.isin(found[0, at], (2 * at + 3, 8.0, 15.0)) for at in range(40))
+
+
+@pytest.mark.parametrize("order", ["late", "early"])
+def test_what_a_section_reads_is_not_given_out_again(order: str) -> None:
+    cupy = FakeCupy(order=order)
+    device = CudaDevice(0, cupy)
+    source = filled_by_kernel(cupy, numbers(1, 40))
+    target = cupy.empty((1, 40), np.float32)
+    copied = order_of(device, target, source)
+    with copied.section(device.new_stream()):
+        np.add(source, 1, out=target)
+    address = source.data.ptr
+    del source
+    again = cupy.empty((1, 40), np.float32)
+    again.fill(-1)
+    assert again.data.ptr != address
+    copied.wait()
+    assert np.array_equal(target.get(), numbers(1, 40) + 1)
+    del copied
+    with order_of(device, again).section():
+        pass
+    device.synchronize()
+    with order_of(device, again).section():  # what is done lets go
+        pass
+    assert cupy.empty((1, 40), np.float32).data.ptr == address
+
+
+def test_memory_with_gaps_is_kept_until_it_is_written_back(
+    monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
+) -> None:
+    """Its user lets go of it, and nobody waits: who gets the memory next must find it quiet."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    whole = filled_by_kernel(cupy, numbers(4, 10))
+    array = open_array(whole[:, ::2], "f()", "x", writable=True)
+    order = Order(device, opened(array))
+    with order.section(device.new_stream()):
+        np.multiply(array.flat, 2, out=array.flat)
+        array.commit()
+    del whole, array, order
+    again = cupy.empty((4, 10), np.float32)
+    again.fill(-1)
+    assert (again.get() == -1).all()
+    cupy.cuda.Device(0).synchronize()
+    assert (again.get() == -1).all()
+
+
+@pytest.mark.parametrize("order", ["late", "early"])
+def test_room_for_a_result_is_the_callers(order: str) -> None:
+    """Freed, it is given out in the order of the caller's stream: not before its last kernel."""
+    cupy = FakeCupy(order=order)
+    device = CudaDevice(0, cupy)
+    source = filled_by_kernel(cupy, numbers(1, 40))
+    lane, found = device.new_stream(), []
+    for factor in (2, 3):
+        made = order_of(device, source)
+        with made.section(lane):
+            result = made.room(lambda: cupy.empty((1, 40), np.float32))
+            np.multiply(source, factor, out=result)
+        made.wait()
+        result += 1
+        found.append(result.copy())
+        del result
+    assert np.array_equal(found[0].get(), 2 * numbers(1, 40) + 1)
+    assert np.array_equal(found[1].get(), 3 * numbers(1, 40) + 1)
+
+
+def test_an_error_leaves_the_order_as_it_was(cupy: FakeCupy, device: CudaDevice) -> None:
     array = filled_by_kernel(cupy, numbers(1, 4))
-    event = device.record()
+    order = order_of(device, array)
 
     def communicate() -> None:
-        with fence(device, event):
-            array[...] = np.float32(9)
+        with order.section():
+            array.fill(9)
             raise ValueError("from MPI")
 
     with pytest.raises(ValueError, match="from MPI"):
         communicate()
-    assert (array.host == 9).all()
+    order.wait()
+    assert (array.get() == 9).all()
 
 
-def test_fence_does_not_wait_for_the_compute(cupy: FakeCupy, device: CudaDevice) -> None:
+def test_a_section_does_not_wait_for_later_compute(cupy: FakeCupy, device: CudaDevice) -> None:
     array = filled_by_kernel(cupy, numbers(1, 4))
-    event = device.record()
+    order = order_of(device, array)
     cupy.launch(lambda: pytest.fail("waited for what was submitted later"))
-    with fence(device, event):
-        pass
-    assert np.array_equal(array.host, numbers(1, 4))
+    with order.section():
+        device.settle(array)
+        assert np.array_equal(array.host, numbers(1, 4))
+
+
+def test_results_whose_use_nobody_knows_are_there(
+    monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    own = filled_by_kernel(cupy, numbers(1, 4))
+    foreign = SimpleNamespace(__cuda_array_interface__=own.__cuda_array_interface__)
+    monkeypatch.setattr(cupy, "asarray", lambda x: own)
+    array = open_array(foreign, "f()", "x", writable=True)
+    order = Order(device, opened(array))
+    with order.section():
+        array.flat.fill(3)
+    order.wait()
+    assert (own.host == 3).all()
+
+
+def test_memory_of_a_framework_is_used_on_its_stream(
+    monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy, device: CudaDevice
+) -> None:
+    """Also where it has become an array of CuPy's, whose current stream is another."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(arrays, "_bridges", [])
+    framework = cupy.new_stream("framework")
+    arrays.register_bridge(lambda x: False, lambda x: x, lambda gpu: framework.ptr)
+    own = cupy.empty((1, 4), np.float32)
+    memory = cupy.cuda.UnownedMemory(own.data.ptr, own.nbytes, own)
+    array = cupy.ndarray((1, 4), np.float32, cupy.cuda.MemoryPointer(memory, 0))
+    place = array.host
+    framework.add(lambda: np.copyto(place, numbers(1, 4)))
+    order = Order(device, opened(open_array(array, "f()", "x", writable=True)))
+    with order.section(device.new_stream()):
+        array += 1
+    order.wait()
+    found = np.empty((1, 4), np.float32)
+    framework.add(lambda: np.copyto(found, place))
+    framework.synchronize()
+    assert np.array_equal(found, numbers(1, 4) + 1)
+
+
+def test_device_memory_is_not_submitted_without_its_stream(cupy: FakeCupy) -> None:
+    with pytest.raises(RuntimeError, match="must name the stream"):
+        on_host(np.zeros(2), cupy.empty(3))
+
+
+# -- the same memory, and numbers from one library to another --------------------------------------
+
+
+def test_overlap_is_of_intervals(cupy: FakeCupy) -> None:
+    whole = cupy.empty((40,), np.float32)
+    cases = [
+        (whole[:20], whole[10:30], True),
+        (whole[10:30], whole[:20], True),
+        (whole[:20], whole[20:], False),
+        (whole[20:], whole[:20], False),
+        (whole[5:6], whole, True),
+        (whole[5:5], whole, False),
+        (whole.reshape(4, 10)[:, :5], whole[35:], False),
+        (whole.reshape(4, 10)[:, :5], whole[34:], True),
+        (whole[::-1], whole[:1], True),
+        (whole[19::-1], whole[20:], False),
+        (whole, cupy.empty((40,), np.float32), False),
+        (whole, np.empty(40, np.float32), False),
+    ]
+    for first, second, expected in cases:
+        assert overlap(first, second) is expected
+    assert same_place(whole, whole[:3])
+    assert not same_place(whole, whole[1:])
+    assert not same_place(whole, np.empty(3))
+
+
+def test_numbers_go_from_any_library_to_any(cupy: FakeCupy) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for source in (values, cupy.asarray(values), cupy.asarray(values.astype(np.float64))):
+        for into in (np.empty((3, 4), np.float32), cupy.empty((3, 4), np.float32)):
+            assign(into, source)
+            assert np.array_equal(into if isinstance(into, np.ndarray) else into.get(), values)
+    wide = cupy.empty((3, 8), np.float32)
+    wide.fill(0)
+    assign(wide[:, ::2], values)  # with gaps between the elements
+    assert np.array_equal(wide.get()[:, ::2], values)
+    assert (wide.get()[:, 1::2] == 0).all()
 
 
 def test_progress_thread_uses_the_bound_device() -> None:
@@ -251,8 +441,7 @@ def test_progress_thread_uses_the_bound_device() -> None:
 
     def communicate() -> None:
         seen.append(cupy.current_device)
-        with fence(device, event):
-            staged(device, None, array, array, double, CHUNK)
+        stage(device, event, array, array, double, CHUNK)
         device.activate()
         seen.append(cupy.current_device)
 
@@ -273,8 +462,8 @@ def test_any_thread_may_record_and_stage() -> None:
         try:
             with cupy.cuda.Device(1):
                 array = cupy.empty((2, 50), np.float32)
-                array[...] = numbers(2, 50)
-            staged(device, device.record(), array, array, double, CHUNK)
+                compute(cupy, array, numbers(2, 50))
+            stage(device, device.record(), array, array, double, CHUNK)
             assert cupy.current_device == 0
             assert np.array_equal(array.host, 2 * numbers(2, 50))
         except BaseException as error:
@@ -297,7 +486,7 @@ def test_threads_do_not_share_pinned_buffers(cupy: FakeCupy, device: CudaDevice)
         together.wait(10)
 
     threads = [
-        threading.Thread(target=staged, args=(device, None, array, array, run, CHUNK))
+        threading.Thread(target=stage, args=(device, None, array, array, run, CHUNK))
         for array in arrays
     ]
     for thread in threads:
@@ -357,7 +546,7 @@ def test_rows_in_and_out(cupy: FakeCupy, device: CudaDevice, name: str, columns:
         sizes.append(max(host_in.nbytes, host_out.nbytes))
         run(host_in, host_out)
 
-    staged(device, device.record(), source, target, measured, CHUNK)
+    stage(device, device.record(), source, target, measured, CHUNK)
     assert np.array_equal(target.host, expected)
     assert np.array_equal(source.host, values)
     assert len(sizes) == -(-columns // 8)
@@ -369,7 +558,7 @@ def test_rows_in_and_out(cupy: FakeCupy, device: CudaDevice, name: str, columns:
 def test_all_reduce_in_place(cupy: FakeCupy, device: CudaDevice, columns: int, dtype: str) -> None:
     values = numbers(1, columns).astype(dtype)
     array = filled_by_kernel(cupy, values)
-    staged(device, device.record(), array, array, double, CHUNK)
+    stage(device, device.record(), array, array, double, CHUNK)
     assert np.array_equal(array.host, 2 * values)
 
 
@@ -380,7 +569,7 @@ def test_broadcast_copies_only_where_it_must(
     values = numbers(1, columns)
     sent: list[Any] = []
     root = filled_by_kernel(cupy, values)
-    staged(device, device.record(), root, None, lambda host, _: sent.append(host.copy()), CHUNK)
+    stage(device, device.record(), root, None, lambda host, _: sent.append(host.copy()), CHUNK)
     assert not any(entry[0] == "upload" for entry in cupy.log)
     assert np.array_equal(np.concatenate([*sent, []]), values[0])
 
@@ -391,7 +580,7 @@ def test_broadcast_copies_only_where_it_must(
     def receive(host_in: Any, host_out: Any) -> None:
         host_out[...] = next(arriving)
 
-    staged(device, device.record(), None, other, receive, CHUNK)
+    stage(device, device.record(), None, other, receive, CHUNK)
     assert not any(entry[0] == "download" for entry in cupy.log)
     assert np.array_equal(other.host, values)
 
@@ -400,13 +589,13 @@ def test_gather_in_place(cupy: FakeCupy, device: CudaDevice) -> None:
     """The source is this rank's row of the target."""
     target = filled_by_kernel(cupy, numbers(RANKS, 100))
     expected = numbers(RANKS, 100)[1] + 1000 * np.arange(RANKS)[:, None]
-    staged(device, device.record(), target[1:2], target, gather, CHUNK)
+    stage(device, device.record(), target[1:2], target, gather, CHUNK)
     assert np.array_equal(target.host, expected)
 
 
 def test_one_element_wider_than_a_chunk(cupy: FakeCupy, device: CudaDevice) -> None:
     array = filled_by_kernel(cupy, numbers(1, 5).astype(np.complex128))
-    staged(device, device.record(), array, array, double, chunk_bytes=4)
+    stage(device, device.record(), array, array, double, chunk_bytes=4)
     assert np.array_equal(array.host, 2 * numbers(1, 5))
 
 
@@ -428,7 +617,7 @@ def test_next_chunk_is_fetched_before_the_collective_runs(
         cupy.log.append(("run", next(runs)))
         host_out *= 2
 
-    staged(device, device.record(), array, array, run, CHUNK)
+    stage(device, device.record(), array, array, run, CHUNK)
     steps = [entry[0] for entry in cupy.log if entry[0] in ("download", "run", "upload")]
     first = ["download", "download", "run", "upload"]
     assert steps == [*first, *["download", "run", "upload"] * 3, "run", "upload"]
@@ -442,7 +631,7 @@ def test_pinned_memory_is_bounded_and_used_again(cupy: FakeCupy, device: CudaDev
     chunk = 64 * 1024
     array = cupy.asarray(numbers(1, 1_000_000))
     for _ in range(3):
-        staged(device, None, array, array, double, chunk)
+        stage(device, None, array, array, double, chunk)
     assert [entry for entry in cupy.log if entry[0] == "pinned"] == [("pinned", chunk)] * 3
 
 
@@ -462,10 +651,10 @@ def test_error_of_the_collective_comes_out_after_the_streams_are_quiet(
         host_out *= 2
 
     with pytest.raises(RuntimeError, match="MPI_ERR_PROC_FAILED"):
-        staged(device, device.record(), array, array, run, CHUNK)
+        stage(device, device.record(), array, array, run, CHUNK)
     communication = [s for s in cupy._streams.values() if s.name != "user"]
     assert all(stream.done == len(stream.queue) for stream in communication)
-    staged(device, None, array, array, double, CHUNK)  # and the buffers can be used again
+    stage(device, None, array, array, double, CHUNK)  # and the buffers can be used again
     assert np.array_equal(array.host[0, -20:], 2 * numbers(1, 200)[0, -20:])
 
 
@@ -473,7 +662,7 @@ def test_error_of_a_copy_comes_out(cupy: FakeCupy, device: CudaDevice) -> None:
     cupy.fail_copies = True
     array = cupy.asarray(numbers(1, 200))
     with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
-        staged(device, None, array, array, double, CHUNK)
+        stage(device, None, array, array, double, CHUNK)
 
 
 # -- CUDA-aware MPI ------------------------------------------------------------------------------
@@ -573,7 +762,7 @@ def test_program_that_cannot_start(device: CudaDevice) -> None:
 
 CHILD = """
 import sys
-from support.fake_cupy import FakeCupy
+from support.fake_cuda import FakeCupy
 from mpizero.memory import cuda_aware
 
 sys.modules["cupy"] = FakeCupy(gpus=2)
@@ -634,8 +823,7 @@ def test_gpu_staging(columns: int) -> None:
         for _ in range(200):  # long enough that a missing wait would be seen
             array += 1
         event = device.record()
-    with fence(device, event):
-        staged(device, None, array, array, double)
+    stage(device, event, array, array, double)
     assert (device.to_host(array) == 400).all()
 
 
@@ -651,7 +839,7 @@ def test_gpu_rows(name: str) -> None:
     expected = np.empty(target.shape, np.float32)
     run(values.reshape(-1), expected.reshape(-1))
     source = cupy.asarray(values)
-    staged(device, device.record(), source, target, run)
+    stage(device, device.record(), source, target, run)
     np.testing.assert_allclose(device.to_host(target), expected, rtol=1e-6)
 
 

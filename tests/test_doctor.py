@@ -257,6 +257,11 @@ CONDITIONS = {
         with_mpi(with_gpus(), built_for_cuda=False, cuda_aware=False, cuda_reason="it failed"),
         "CUDA-aware MPI", "look", "through pinned host memory", "build mpi4py",
     ),
+    "GPUs that NCCL does not serve": (
+        with_mpi(with_gpus(), nccl_reason="ranks 0 and 1 share a GPU (0000:01:00.0)"),
+        "data of GPUs", "look", "by MPI, .* not by NCCL: ranks 0 and 1 share",
+        "a GPU for each rank",
+    ),
     "CUDA-awareness switched off": (
         with_mpi(with_ranks(with_gpus(), variables={"MPIZERO_CUDA_AWARE": "0"}), cuda_aware=False),
         "CUDA-aware MPI", "look", "switched off", "Unset MPIZERO_CUDA_AWARE",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +140,47 @@ def test_the_singleton_trap_stops_the_job() -> None:
     assert "every rank would train alone" in result.stderr
 
 
+def test_ranks_that_were_spawned_and_merged_work_together(tmp_path: Path) -> None:
+    program = tmp_path / "spawns.py"
+    program.write_text(
+        "import sys\nfrom mpi4py import MPI\nimport numpy as np, mpizero\n"
+        "parent = MPI.Comm.Get_parent()\n"
+        "if parent == MPI.COMM_NULL:\n"
+        "    parent = MPI.COMM_SELF.Spawn(sys.executable, [__file__], maxprocs=2)\n"
+        "    merged = parent.Merge(False)\n"
+        "else:\n    merged = parent.Merge(True)\n"
+        "world = mpizero.init(merged)\n"
+        "shared = world.allocate(4, 'float32')\nshared[:] = world.rank + 1\n"
+        "for x in (np.ones(2), np.ones(1 << 20), shared):\n    world.allreduce(x)\n"
+        "assert shared[0] == 6 and world.gather_objects(world.rank) == [0, 1, 2]\n"
+        "if world.rank == 0:\n    print('sum', x[0], world.size)\n"
+    )
+    result = mpirun(1, program)
+    assert result.stdout.strip() == "sum 6.0 3", result.stderr
+
+
+def test_an_error_that_a_shell_shows_ends_nothing() -> None:
+    """As in a cell of a notebook, or at a prompt; the last one is nobody's."""
+    program = (
+        "import code, os, sys, mpizero\nw = mpizero.init()\n"
+        "shell = code.InteractiveInterpreter()\n"
+        "if w.rank == 1:\n    shell.runsource('1 / 0')\n"
+        "shell.runsource('import no_such_module')\n"
+        "w.barrier()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n    raise ValueError('of a child')\n"
+        "assert os.waitpid(pid, 0)[1] != 0\n"
+        "w.barrier()\nprint('all there')\nsys.stdout.flush()\n"
+        "if w.rank == 1:\n    raise ValueError('the last one')\n"
+        "w.barrier()\n"
+    )
+    result, _ = run(2, program)
+    assert result.stdout.count("all there") == 2, result.stderr
+    assert "[rank 1] ZeroDivisionError" in result.stderr
+    assert result.stderr.count("ModuleNotFoundError") == 2
+    assert result.returncode != 0 and "[rank 1] ValueError: the last one" in result.stderr
+
+
 def test_torchrun_is_no_launcher_for_us() -> None:
     """Each of its processes would train alone, and save over the others' checkpoints."""
     program = (
@@ -236,7 +278,16 @@ def test_an_exception_beside_a_thread_that_communicates_ends_the_job() -> None:
     assert "[rank 1] ValueError: the learning rate" in result.stderr
 
 
-@pytest.mark.parametrize(("leave", "status"), [("exit(3)", 3), ("sys.exit('no data')", 1)])
+@pytest.mark.parametrize(
+    ("leave", "status"),
+    [
+        ("exit(3)", 3),
+        ("sys.exit('no data')", 1),
+        ("raise SystemExit(3)", 3),
+        ("raise type('Mine', (SystemExit,), {})(4)", 4),
+        ("import argparse; argparse.ArgumentParser().error('no data')", 2),
+    ],
+)
 def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
     program = (
         "import sys, time, mpizero\nw = mpizero.init()\n"
@@ -253,8 +304,12 @@ def test_other_failing_exits_end_the_job_too(leave: str, status: int) -> None:
     [
         "try:\n    sys.exit(2)\nexcept SystemExit as error:\n    assert error.code == 2\n",
         "t = threading.Thread(target=sys.exit, args=(2,))\nt.start()\nt.join()\n",
+        "e = SystemExit(2)\nassert e.code == 2\ne.code = 3\nassert (e.code, e.args) == (3, (2,))\n"
+        "try:\n    raise e\nexcept SystemExit:\n    pass\n",
+        "import code\ntry:\n    code.InteractiveInterpreter().runsource('raise SystemExit(2)')\n"
+        "except SystemExit as error:\n    print(error.code)\n",
     ],
-    ids=["caught", "of a thread"],
+    ids=["caught", "of a thread", "changed", "of a shell"],
 )
 def test_an_exit_that_the_program_survives_is_none(survived: str) -> None:
     program = f"import sys, threading, mpizero\nw = mpizero.init()\n{survived}w.barrier()\n"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import mpizero_torch as mz
 import mpizero_torch.horovod as hvd
+from mpizero.diagnostics.threads import _serving
 
 ranks = pytest.mark.parallel([1, 2, 3, 4])
 several_ranks = pytest.mark.parallel([2, 3, 4])
@@ -17,6 +21,9 @@ several_ranks = pytest.mark.parallel([2, 3, 4])
 
 @pytest.fixture(autouse=True)
 def _initialized() -> Iterator[None]:
+    for thread in threading.enumerate():  # of the suite's: they submit nothing
+        if thread is not threading.main_thread():
+            _serving.add(thread)
     hvd.init()
     yield
     hvd.shutdown()
@@ -143,7 +150,6 @@ def test_join() -> None:
         assert hvd.allreduce(-x, op=hvd.Max).tolist() == [-min(mine)] * 3
         assert hvd.allreduce(torch.tensor(2), op=hvd.Product).item() == 2**left
         assert hvd.grouped_allreduce([x, x.half()], op=hvd.Sum)[1].tolist() == [sum(mine)] * 3
-        assert hvd.allgather(torch.tensor([[rank]])).tolist() == [[r - 1] for r in mine]
     assert hvd.join() == size - 1
     assert hvd.allreduce(torch.tensor(1.0), op=hvd.Sum).item() == size  # all are back
 
@@ -153,7 +159,109 @@ def test_what_cannot_be_done_without_those_who_joined() -> None:
     if hvd.rank() == 0:
         assert hvd.join() in range(hvd.size())
     else:
-        with pytest.raises(mz.MismatchError, match=r"ranks \[0\] have joined"):
+        with pytest.raises(mz.MismatchError, match=r"Ranks \[0\] have joined"):
             hvd.broadcast(torch.ones(1), 1, name="b")
+        with pytest.raises(mz.MismatchError, match="Allgather is not supported with Join"):
+            hvd.allgather(torch.ones(1), name="g")
         hvd.join()
     hvd.barrier()
+
+
+def _together(*work: Callable[[], None]) -> None:
+    """Each on a thread of its own; raises what one of them raises."""
+    errors: list[BaseException] = []
+
+    def run(each: Callable[[], None]) -> None:
+        try:
+            each()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in work[1:]]
+    for thread in threads:
+        thread.start()
+    run(work[0])
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@several_ranks
+def test_two_threads_find_each_others_operations_by_name() -> None:
+    rank, size = hvd.rank(), hvd.size()
+    pause = random.Random(rank)
+
+    def metrics() -> None:
+        for i in range(15):
+            time.sleep(pause.random() * 0.01)
+            x = hvd.allreduce(torch.full((10,), float(rank + i)), op=hvd.Sum, name=f"metric.{i}")
+            assert x.tolist() == [sum(r + i for r in range(size))] * 10
+
+    def gathers() -> None:
+        for i in range(15):
+            time.sleep(pause.random() * 0.01)
+            x = hvd.allgather(torch.full((2 + rank,), float(i)), name=f"gather.{i}")
+            assert x.tolist() == [i] * sum(2 + r for r in range(size))
+
+    def train() -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 5)
+        plain = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = hvd.DistributedOptimizer(plain, model.named_parameters())
+        for _ in range(10):
+            time.sleep(pause.random() * 0.01)
+            optimizer.zero_grad()
+            model(torch.ones(2, 5) * (rank + 1)).sum().backward()
+            optimizer.step()
+        every = hvd.allgather(model.weight.detach()[None], name="weights")
+        assert torch.equal(every, every[:1].expand_as(every))
+
+    _together(train, metrics)
+    _together(gathers, metrics)
+    if hvd.size() > 1:  # each rank's threads begin in another order
+        _together(*([gathers, metrics] if rank % 2 else [metrics, gathers]))
+
+
+@several_ranks
+def test_a_thread_that_comes_later_is_waited_for() -> None:
+    """Every main thread waits, and for different things; what they wait for comes from others."""
+    rank, size = hvd.rank(), hvd.size()
+    mine, other = ("a", "b") if rank == 0 else ("b", "a")
+
+    def late() -> None:
+        time.sleep(0.3)
+        assert hvd.allreduce(torch.ones(2), op=hvd.Sum, name=other)[0] == size
+
+    _together(lambda: _expect(mine, size), late)
+
+
+def _expect(name: str, size: int) -> None:
+    assert hvd.allreduce(torch.ones(2), op=hvd.Sum, name=name)[0] == size
+
+
+@several_ranks
+def test_operations_without_names_are_one_threads() -> None:
+    hvd.allreduce(torch.ones(1))
+    found: list[str] = []
+
+    def second() -> None:
+        try:
+            hvd.allreduce(torch.ones(1))
+        except mz.ArgumentError as error:
+            found.append(str(error))
+
+    _together(lambda: None, second)
+    assert "'MainThread'" in found[0] and "a name of its own" in found[0]
+    hvd.allreduce(torch.ones(1))
+
+
+@several_ranks
+def test_polling_says_at_first_that_it_is_under_way() -> None:
+    handles = [hvd.allreduce_async(torch.ones(3), name=f"{i}") for i in range(3)]
+    assert not any(hvd.poll(each) for each in handles)
+    while not hvd.poll(handles[1]):
+        pass
+    assert hvd.synchronize(handles[1]).tolist() == [1.0] * 3
+    for each in (handles[0], handles[2]):
+        assert hvd.poll(each) and hvd.synchronize(each).tolist() == [1.0] * 3

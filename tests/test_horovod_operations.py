@@ -107,7 +107,24 @@ def test_allreduce_of_other_dtypes() -> None:
     integers = of_rank(hvd.rank(), 6, dtype=torch.int32)
     every = np.stack([of_rank(r, 6, dtype=torch.int32).numpy() for r in range(size)])
     assert hvd.allreduce(integers, op=hvd.Sum).tolist() == every.sum(0).tolist()
-    assert hvd.allreduce(integers).tolist() == (every.sum(0) // size).tolist()
+    # As Horovod's: the sum times 1 / size in double precision, cut towards zero.
+    average = (every.sum(0) * (1 / size)).astype(np.int32)
+    assert hvd.allreduce(integers).tolist() == average.tolist()
+    negative = hvd.allreduce(torch.full((5,), -1 if hvd.rank() == 0 else 0))
+    assert negative.tolist() == [-1 if size == 1 else 0] * 5
+    third = hvd.allreduce(integers, postscale_factor=0.3)
+    assert third.tolist() == (every.sum(0) * (0.3 / size)).astype(np.int32).tolist()
+    both = hvd.allreduce(integers, op=hvd.Sum, prescale_factor=0.7, postscale_factor=1 / 3)
+    cut = (every * 0.7).astype(np.int32).sum(0)
+    assert both.tolist() == (cut * (1 / 3)).astype(np.int32).tolist()
+    rows = hvd.reducescatter(integers[:, None] - 3, postscale_factor=0.3)
+    own = np.array_split(every.sum(0) - 3 * size, size)[hvd.rank()]
+    assert rows[:, 0].tolist() == (own * (0.3 / size)).astype(np.int32).tolist()
+    for dtype in (torch.float16, torch.bfloat16):  # in float32, rounded once
+        mine = of_rank(hvd.rank(), 50).to(dtype)
+        scaled = hvd.allreduce(mine, op=hvd.Max, prescale_factor=1 / 3)
+        each = [(of_rank(r, 50).to(dtype).float() * (1 / 3)).to(dtype) for r in range(size)]
+        assert torch.equal(scaled, torch.stack(each).amax(0))
     half = of_rank(hvd.rank(), 50, dtype=torch.bfloat16)
     expected = torch.from_numpy(of_all(50, dtype=torch.bfloat16).astype(np.float32)).sum(0)
     assert torch.equal(hvd.allreduce(half, op=hvd.Sum), expected.bfloat16())
@@ -240,6 +257,8 @@ def test_reducescatter(rows: int) -> None:
     assert pair[1].dtype == torch.float32
     handle = hvd.grouped_reducescatter_async([x], op=hvd.Max)
     torch.testing.assert_close(hvd.synchronize(handle)[0], torch.from_numpy(every.max(0)[mine]))
+    whole = hvd.allreduce(x, op=hvd.Adasum)
+    torch.testing.assert_close(hvd.reducescatter(x, op=hvd.Adasum), whole[mine])
     with pytest.raises(ValueError, match="dimensions"):
         hvd.reducescatter(torch.tensor(1.0))
 
@@ -293,8 +312,8 @@ def test_gradients_flow_back_through_operations() -> None:
 
     shares = [5 // size + (r < 5 % size) for r in range(size)]
     parts = torch.cat([of_rank(50 + r, shares[r], 2) for r in range(size)])
-    close(gradient(lambda x: hvd.reducescatter(x, op=hvd.Sum), 5, 2), parts)
-    close(gradient(hvd.reducescatter, 5, 2), parts / size)
+    close(gradient(lambda x: hvd.reducescatter(x, op=hvd.Sum), 5, 2), parts * size)
+    close(gradient(hvd.reducescatter, 5, 2), parts)  # as Horovod scales them, both
 
     if size > 1:
         with pytest.raises(ValueError, match="Average or Sum"):
@@ -411,6 +430,8 @@ def test_process_sets() -> None:
         added.size()
     with pytest.raises(ValueError, match="registered already"):
         hvd.add_process_set(even)
+    with pytest.raises(ValueError, match=rf"ranks \[{size - 1}\], of which set 2 is already"):
+        hvd.add_process_set([size - 1])
     with pytest.raises(ValueError, match=f"ranks from 0 to {size - 1}"):
         hvd.add_process_set([size])
 

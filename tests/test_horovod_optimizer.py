@@ -163,7 +163,8 @@ def test_clipping_between_synchronize_and_step() -> None:
             with optimizer.skip_synchronize():
                 optimizer.step()
         else:
-            optimizer.step()  # has been reduced: is not again
+            with pytest.warns(UserWarning, match="without optimizer.skip_synchronize"):
+                optimizer.step()  # has been reduced: is not again
         plain.zero_grad()
         for each in range(hvd.size()):
             (loss_of(alone, step * hvd.size() + each) / hvd.size()).backward()
@@ -318,15 +319,44 @@ def test_sparse_gradients(as_dense: bool, op: Any) -> None:
         optimizer.zero_grad()
         loss(model, step * size + rank).backward()
         optimizer.synchronize()
-        if size > 1:
-            assert model[0].weight.grad.is_sparse != as_dense
-        optimizer.step()
+        assert model[0].weight.grad.is_sparse
+        with optimizer.skip_synchronize():
+            optimizer.step()
         plain.zero_grad()
         for each in range(size):
             part = loss(alone, step * size + each)
             (part / size if op is hvd.Average else part).backward()
         plain.step()
     assert_same_parameters(model, alone)
+
+
+@ranks
+@pytest.mark.parametrize("as_dense", [False, True])
+def test_an_optimizer_of_sparse_gradients(as_dense: bool) -> None:
+    """SparseAdam takes no others; a rank without a gradient of its own gets a sparse one, too."""
+    size, rank = hvd.size(), hvd.rank()
+    torch.manual_seed(0)
+    table, alone = (nn.Embedding(9, 2, sparse=True) for _ in range(2))
+    alone.load_state_dict(table.state_dict())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SparseAdam(list(table.parameters())), sparse_as_dense=as_dense
+    )
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # which has none yet
+    plain = torch.optim.SparseAdam(list(alone.parameters()))
+    for step in range(3):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        for each in range(size):
+            words = torch.tensor([step, step + each, 8])
+            if size == 1 or each != step % size:  # one rank has nothing to say
+                (alone(words).square().sum() / size).backward()
+                if each == rank:
+                    table(words).square().sum().backward()
+        optimizer.step()
+        plain.step()
+    assert_same_parameters(table, alone)
+    handle = hvd.sparse_allreduce_async(torch.eye(3).to_sparse() * (rank + 1), op=hvd.Sum)
+    assert handle().to_dense().diagonal().tolist() == [sum(range(1, size + 1))] * 3
 
 
 @ranks

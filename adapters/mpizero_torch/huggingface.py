@@ -10,7 +10,6 @@ Nothing else changes: both read torchrun's variables and use the process group t
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -48,9 +47,6 @@ def init(*, timeout: timedelta = TIMEOUT) -> World:
     keep_threads()
     if world.device.kind == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if world.node_count > 1:
-        # Accelerate wants an address, though nobody asks for anything there.
-        os.environ["MASTER_ADDR"] = world.broadcast_object(socket.gethostname())
     _check_state(_state(world, PartialState), world)
     return world
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 
 import mpizero
 from mpizero import World
-from mpizero_torch import half_kernels
+from mpizero_torch import half_kernels, who
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,9 +25,18 @@ def init(
 
     Collective; safe to call twice. Unless ``OMP_NUM_THREADS`` says otherwise, torch gets as many
     threads as this rank has cores: its default, all cores of the node for every rank, makes ranks
-    fight for them. ``elastic``: see ``ElasticState``. Raises what ``mpizero.init`` raises.
+    fight for them. ``elastic``: see ``ElasticState``.
+
+    Without ``comm`` torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    GROUP_RANK, MASTER_ADDR, MASTER_PORT) are set, for what asks them who this rank is. Raises what
+    ``mpizero.init`` raises, and LaunchError where somebody has set other ones.
     """
     world = mpizero.init(comm, timeout=timeout, elastic=elastic)
+    if comm is None:
+        who.say_from_world(world)
+        if torch.distributed.is_available():
+            # Process groups of the program's, which it may now start, go over MPI by default.
+            importlib.import_module("mpizero_torch.distributed")
     half_kernels.register()
     if world.device.kind == "cuda" and world.device.index is not None:
         torch.cuda.set_device(world.device.index)

@@ -96,4 +96,8 @@ def current_stream(device: torch.device) -> int | None:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-register_bridge(lambda x: isinstance(x, torch.Tensor), as_array)
+def _stream_on(gpu: int) -> int:
+    return int(torch.cuda.current_stream(gpu).cuda_stream)
+
+
+register_bridge(lambda x: isinstance(x, torch.Tensor), as_array, _stream_on)

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mpizero.api.one_thread import OneThread
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.collectives.plans import Plan, Plans
 from mpizero.collectives.tuning import Tuning
@@ -20,6 +21,7 @@ from mpizero.errors import (
     unsettle,
 )
 from mpizero.memory.node_shared import NodeMemory
+from mpizero.memory.order import NOTHING, Touched
 from mpizero.progress import Worker
 from mpizero.progress.handle import finished
 from mpizero.reduction import Operation
@@ -35,15 +37,15 @@ if TYPE_CHECKING:
 class Call:
     """What a rank is about to do: told to the others as ``description``, done by ``work``.
 
-    ``work(run, parts)``: ``parts`` are all ranks' counterparts of the first array, if they lie in
-    node-shared memory. ``items`` are parts of a long description.
+    ``touched``: all memory that the work reads or writes. ``work(run, parts)``: ``parts`` are all
+    ranks' counterparts of the first array, if they lie in node-shared memory. ``items`` are parts
+    of a long description.
     """
 
     description: str
     work: Callable[[Dispatch, Parts], Any]
-    arrays: Sequence[Any] = ()
-    stream: int | None = None  # where device arrays are being filled, if not CuPy's current one
-    nbytes: int = 0  # how much that is, if not the arrays' size
+    touched: Touched = NOTHING
+    nbytes: int = 0  # how much it is about, if not the first array's size
     items: Sequence[str] = ()
     agrees_itself: bool = False  # ``work`` compares the call with the other ranks' as it goes
     # Puts the first array's values there. To agree is to be ready: others may read them after that.
@@ -86,6 +88,7 @@ class Caller:
         self.hold: Hold | None = None
         self._groups = {run.comm.py2f() for run in (self._blocking, self._background)}
         self._blocks = 0  # of ``telling`` that this rank is in
+        self.one_thread = OneThread()
 
     def perform(self, prepare: Callable[[], Call], asynchronous: bool) -> Any:
         """Prepare a call, agree on it with the other ranks, and carry it out.
@@ -126,15 +129,23 @@ class Caller:
 
     def start(self, call: Call, asynchronous: bool, *, sure: bool = False) -> Any:
         """Carry a prepared call out; ``sure``: by a layer that has agreed on it before."""
+        if self._alone or not self.one_thread.enter(call.description):
+            return self._start(call, asynchronous, sure)
+        try:
+            return self._start(call, asynchronous, sure)
+        finally:
+            self.one_thread.leave()
+
+    def _start(self, call: Call, asynchronous: bool, sure: bool) -> Any:
         run = self._background if asynchronous else self._blocking
-        filled = run.mark(call.arrays, call.stream)
+        order = run.order(call.touched)
         lane = self._lanes.asynchronous if asynchronous else self._lanes.blocking
         line = 0 if self._alone else lane.recorder.here()
 
         def work() -> Any:
             if self._alone:
                 return carry_out(None)
-            nbytes = call.nbytes or sum(each.nbytes for each in call.arrays)
+            nbytes = call.nbytes or call.touched.nbytes
             if asynchronous and self._in_order:
                 at = lane.begin_behind(self._lanes.blocking, call.description, nbytes, line)
             else:
@@ -151,22 +162,28 @@ class Caller:
                 lane.end(at, run.last_algorithm)
 
         def carry_out(at: int | None) -> Any:
-            if call.fill is not None:
-                run.run_after(filled, call.fill)
-            if call.agrees_itself:
-                return call.work(run, None)
-            parts = run.agree(call.description, call.arrays, call.items, sure)
-            if at is not None:
-                lane.agreed(at)
-            return run.run_after(filled, lambda: call.work(run, parts))
+            with run.in_order(order):
+                if call.fill is not None:
+                    call.fill()
+                if call.agrees_itself:
+                    return call.work(run, None)
+                parts = run.agree(call.description, call.touched.first, call.items, sure)
+                if at is not None:
+                    lane.agreed(at)
+                return call.work(run, parts)
 
         if lifeline() is not None:
             work = _surviving(work)
         if not asynchronous:
-            if self._in_order and not self._alone:
-                return self._worker.run_in_order(work, call.description)
-            return work()
-        return finished(work()) if self._alone else self._worker.submit(work, call.description)
+            ordered = self._in_order and not self._alone
+            try:
+                return self._worker.run_in_order(work, call.description) if ordered else work()
+            finally:
+                if order is not None:
+                    order.wait()
+        if self._alone:
+            return finished(work(), order)
+        return self._worker.submit(work, call.description, order)
 
     def agree(self, what: str) -> None:
         """All ranks have come to the same point. Collective."""
@@ -191,13 +208,17 @@ class Caller:
         """Keep, and return, a plan for blocking all-reduces of arrays like this one."""
         return self._blocking.plan(array, op, algorithm, what)
 
-    def algorithms(self, collective: str) -> tuple[str, ...]:
+    def algorithms(self, collective: str, on_device: bool) -> tuple[str, ...]:
         """The algorithms that offer ``collective``."""
-        return self._blocking.able(collective)
+        return self._blocking.able(collective, on_device)
 
-    def check_algorithm(self, name: str, collective: str) -> None:
-        """Raise ArgumentError unless ``name`` is an algorithm for ``collective``."""
-        self._blocking.check(name, collective)
+    def ways_of_devices(self) -> dict[str, str]:
+        """See ``World.device_ways``."""
+        return self._blocking.ways_of_devices()
+
+    def check_algorithm(self, name: str, collective: str, array: Any) -> None:
+        """Raise ArgumentError unless ``name`` is an algorithm for ``collective`` of ``array``."""
+        self._blocking.check(name, collective, array)
 
     def _refuse(self, error: Exception, asynchronous: bool) -> None:
         """Tell the others, who are in a call of theirs: it is a call of its own, to be counted."""

@@ -74,7 +74,7 @@ class Calls(Group):
         if out is None:
             out = empty_like(source.array, shape)
         target = self._open(out, function, "out", writable=True)
-        check_form(function, target, shape, source.dtype)
+        check_form(function, target, shape, source.dtype, source)
         if self.size > 1 and source.flat.size and overlap(source.flat, target.flat):
             own = slice(self.rank * source.flat.size, (self.rank + 1) * source.flat.size)
             if own_part and same_place(source.flat, target.flat[own]):

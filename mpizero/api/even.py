@@ -16,6 +16,7 @@ from mpizero.collectives.transport import cut_evenly
 from mpizero.diagnostics import Lanes
 from mpizero.errors import ArgumentError
 from mpizero.memory.arrays import overlap
+from mpizero.memory.order import opened
 from mpizero.progress import Handle, Worker
 from mpizero.reduction import operation
 
@@ -67,8 +68,8 @@ class EvenCalls(Calls):
         def prepare() -> Call:
             source = self._open(x, "allreduce()", "x", writable=out is None)
             target = source if out is None else self._open(out, "allreduce()", "out", writable=True)
-            check_form("allreduce()", target, source.shape, source.dtype)
-            self._caller.check_algorithm(algorithm, "all_reduce")
+            check_form("allreduce()", target, source.shape, source.dtype, source)
+            self._caller.check_algorithm(algorithm, "all_reduce", source.array)
             combine = operation(op, source.dtype, self.size, "allreduce()")
             what = describe("allreduce", source, op, algorithm)
             plan = self._caller.plan(source.array, combine, algorithm, what) if plans else None
@@ -87,7 +88,7 @@ class EvenCalls(Calls):
             return Call(
                 what,
                 work,
-                (target.flat,),
+                opened(target, source),
                 agrees_itself=plan is not None,
                 fill=None if target is source else fill,
             )
@@ -96,15 +97,20 @@ class EvenCalls(Calls):
 
     def _repeat(self, plans: Plans, plan: Plan, x: Any) -> None:
         """An all-reduce like one that came before: all has been looked up."""
-        lane = self._lanes.blocking
-        at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+        lane, one_thread = self._lanes.blocking, self._caller.one_thread
+        entered = one_thread.enter(plan.description)
         try:
-            plans.carry_out(plan, x)
-        except Exception as error:
-            self._caller.settle(error)
-            raise
+            at = lane.begin(plan.description, x.nbytes, lane.recorder.here())
+            try:
+                plans.carry_out(plan, x)
+            except Exception as error:
+                self._caller.settle(error)
+                raise
+            finally:
+                lane.end(at, plans.last_algorithm)
         finally:
-            lane.end(at, plans.last_algorithm)
+            if entered:
+                one_thread.leave()
 
     def reduce_scatter(
         self,
@@ -126,14 +132,15 @@ class EvenCalls(Calls):
             source = self._open(x, "reduce_scatter()", "x", writable=False)
             shape = self._part_shape("reduce_scatter()", source)
             target = self._target("reduce_scatter()", source, out, shape)
-            self._caller.check_algorithm(algorithm, "reduce_scatter")
+            self._caller.check_algorithm(algorithm, "reduce_scatter", source.array)
             combine = operation(op, source.dtype, self.size, "reduce_scatter()")
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.reduce_scatter(source.flat, target.flat, combine, algorithm, parts)
                 return target.commit()
 
-            return Call(describe("reduce_scatter", source, op, algorithm), work, (source.array,))
+            what = describe("reduce_scatter", source, op, algorithm)
+            return Call(what, work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -152,7 +159,7 @@ class EvenCalls(Calls):
             first, *rest = source.shape or (1,)
             shape = (self.size * first, *rest)
             target = self._target("allgather()", source, out, shape, own_part=True)
-            self._caller.check_algorithm(algorithm, "all_gather")
+            self._caller.check_algorithm(algorithm, "all_gather", source.array)
 
             in_place = self.size > 1 and overlap(source.flat, target.flat)
             blocks = cut_evenly(target.flat.size, self.size)
@@ -165,7 +172,8 @@ class EvenCalls(Calls):
                 return target.commit()
 
             what = describe("allgather", source, algorithm, *(["in place"] if in_place else []))
-            return Call(what, work, (target.flat if in_place else source.array,))
+            both = (target, source) if in_place else (source, target)
+            return Call(what, work, opened(*both))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -177,13 +185,13 @@ class EvenCalls(Calls):
         def prepare() -> Call:
             self._check_rank("broadcast()", "root", root)
             target = self._open(x, "broadcast()", "x", writable=self.rank != root)
-            self._caller.check_algorithm(algorithm, "broadcast")
+            self._caller.check_algorithm(algorithm, "broadcast", target.array)
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.broadcast(target.flat, root, algorithm)
                 return target.original if self.rank == root else target.commit()
 
-            return Call(describe("broadcast", target, root, algorithm), work, (target.array,))
+            return Call(describe("broadcast", target, root, algorithm), work, opened(target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -200,13 +208,13 @@ class EvenCalls(Calls):
             source = self._open(x, "all_to_all()", "x", writable=False)
             self._part_shape("all_to_all()", source)
             target = self._target("all_to_all()", source, out, source.shape)
-            self._caller.check_algorithm(algorithm, "all_to_all")
+            self._caller.check_algorithm(algorithm, "all_to_all", source.array)
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.all_to_all(source.flat, target.flat, algorithm)
                 return target.commit()
 
-            return Call(describe("all_to_all", source, algorithm), work, (source.array,))
+            return Call(describe("all_to_all", source, algorithm), work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 

@@ -9,6 +9,8 @@ from mpizero.api.calls import Calls
 from mpizero.api.describe import describe
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
+from mpizero.memory.arrays import on_device
+from mpizero.memory.order import opened
 from mpizero.reduction import operation
 
 
@@ -32,7 +34,7 @@ class RootedCalls(Calls):
                 run.reduce(target.flat, root, combine, parts)
                 return target.commit() if is_root else target.original
 
-            return Call(describe("reduce", target, op, root), work, (target.flat,))
+            return Call(describe("reduce", target, op, root), work, opened(target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -54,7 +56,7 @@ class RootedCalls(Calls):
                 run.gather(source.flat, None if target is None else target.flat, root)
                 return None if target is None else target.commit()
 
-            return Call(describe("gather", source, root), work, (source.array,))
+            return Call(describe("gather", source, root), work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -73,17 +75,17 @@ class RootedCalls(Calls):
                 source = self._open(x, "scatter()", "x", writable=False)
                 first, *rest = target.shape or (1,)
                 wanted = (self.size * first, *rest)
-                if source.shape != wanted or source.dtype != target.dtype:
+                moved = on_device(source.array) != on_device(target.array)
+                if source.shape != wanted or source.dtype != target.dtype or moved:
                     raise ArgumentError(
                         "scatter()", "x", f"an array of {source.dtype}, shape {source.shape}",
-                        f"an array of {target.dtype}, shape {wanted}",
+                        f"an array of {target.dtype}, shape {wanted}, where out lies",
                     )  # fmt: skip
 
             def work(run: Dispatch, parts: Parts) -> Any:
                 run.scatter(None if source is None else source.flat, target.flat, root)
                 return target.commit()
 
-            arrays = (target.array,) if source is None else (target.array, source.array)
-            return Call(describe("scatter", target, root), work, arrays)
+            return Call(describe("scatter", target, root), work, opened(target, source))
 
         return self._caller.perform(prepare, asynchronous)

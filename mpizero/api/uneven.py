@@ -15,6 +15,7 @@ from mpizero.api.describe import check_form, describe_rows
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.arrays import OpenArray
+from mpizero.memory.order import opened
 
 
 class UnevenCalls(Calls):
@@ -34,13 +35,15 @@ class UnevenCalls(Calls):
                 rows = run.comm.allgather(source.shape[0])
                 shape = (sum(rows), *source.shape[1:])
                 with run.together("allgather_uneven(): there is room for the rows of all ranks"):
-                    target = self._target("allgather_uneven()", source, out, shape)
+                    target = run.room(
+                        lambda: self._target("allgather_uneven()", source, out, shape)
+                    )
                 places = _places(rows, shape)
                 target.flat[places[self.rank]] = source.flat
                 run.gather_blocks(target.flat, places, None)
                 return target.commit()
 
-            return Call(describe_rows("allgather_uneven", source), work, (source.array,))
+            return Call(describe_rows("allgather_uneven", source), work, opened(source))
 
         return self._caller.perform(prepare, asynchronous)
 
@@ -68,7 +71,7 @@ class UnevenCalls(Calls):
             if out is not None:
                 target = self._open(out, function, "out", writable=True)
                 rows = target.shape[0] if target.shape else -1
-                check_form(function, target, (rows, *source.shape[1:]), source.dtype)
+                check_form(function, target, (rows, *source.shape[1:]), source.dtype, source)
             expected = None
             if out_counts is not None:
                 expected = self._checked(
@@ -80,14 +83,14 @@ class UnevenCalls(Calls):
                 shape = (sum(received), *source.shape[1:])
                 with run.together("all_to_all_uneven(): there is room for what comes"):
                     self._check_received(received, expected, target)
-                    into = target or self._target(function, source, None, shape)
+                    into = target or run.room(lambda: self._target(function, source, None, shape))
                 run.all_to_all_blocks(
                     source.flat, _places(sent, source.shape), into.flat, _places(received, shape)
                 )
                 return into.commit()
 
-            arrays = (source.array,) if target is None else (source.array, target.array)
-            return Call(describe_rows("all_to_all_uneven", source), work, arrays)
+            what = describe_rows("all_to_all_uneven", source)
+            return Call(what, work, opened(source, target))
 
         return self._caller.perform(prepare, asynchronous)
 

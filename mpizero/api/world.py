@@ -21,6 +21,7 @@ from mpizero.diagnostics import Lanes, recorded
 from mpizero.errors import ArgumentError, MismatchError
 from mpizero.memory.cuda_aware import CudaAwareness, cuda_aware
 from mpizero.memory.node_shared import NOWHERE, NodeMemory
+from mpizero.memory.order import Touched
 from mpizero.progress import Handle, Messages, Worker, has_core, overlaps
 from mpizero.world import Device, holdings
 from mpizero.world.startup import load_mpi
@@ -45,7 +46,12 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
 
     ``asynchronous=True`` returns a Handle at once; ``handle.wait()`` returns what the call would
     have returned. ``algorithm`` is "auto", "native" (the MPI library's), "ring",
-    "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several).
+    "halving_doubling", "node_shared" (on one node) or "hierarchical" (on several); of arrays on
+    GPUs also "nccl".
+
+    Threads: a World's calls come from one thread at a time. A second one is refused with
+    MpizeroError, unless the first has ended, or waits (in ``Thread.join()``, say): give each thread
+    a World of its own, by ``split(0)``. Messages (``send``, ``recv``) may come from any thread.
     """
 
     def __init__(
@@ -62,7 +68,10 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         self._lanes = lanes = Lanes.of(self, in_order)
         self._wants_thread = threaded
         overlapping = overlaps(self, wanted=in_order or threaded)
-        self._worker = Worker(overlapping, device.activate, lanes.waiting, in_order, has_core(self))
+        may_thread = self.thread_level == "multiple"
+        self._worker = Worker(
+            overlapping, device.activate, lanes.waiting, in_order, has_core(self), may_thread
+        )
         self._in_order = in_order and self.size > 1
         self._messages = Messages(self, self.cuda_awareness.enabled, lanes)
         name = holdings.new_name(self.comm)
@@ -198,9 +207,21 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
             self._parts[name] = self._world_of(comm, threaded=threaded)
         return self._parts[name]
 
-    def algorithms(self, collective: str) -> tuple[str, ...]:
-        """The algorithms that there are for a collective ("all_reduce", ...) in this world."""
-        return tuple(self._caller.algorithms(collective))
+    def algorithms(self, collective: str, *, on_device: bool = False) -> tuple[str, ...]:
+        """The algorithms that there are for a collective ("all_reduce", ...) in this world.
+
+        Of host arrays, or those ``on_device``: "nccl" enqueues work on streams, the others touch
+        the host.
+        """
+        return tuple(self._caller.algorithms(collective, on_device))
+
+    @property
+    def device_ways(self) -> dict[str, str]:
+        """The algorithms from GPU to GPU: "" for one that can be had, else why it cannot.
+
+        Empty where a rank has no GPU, or there is only one.
+        """
+        return dict(self._caller.ways_of_devices())
 
     def native_allreduce(self, array: Any) -> Callable[[], None]:
         """The MPI library's all-reduce of ``array``, in place, as mpi4py calls it: to compare."""
@@ -260,8 +281,7 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         self,
         what: str,
         work: Callable[[Dispatch, Parts], Any],
-        arrays: Sequence[Any] = (),
-        stream: int | None = None,
+        touched: Touched,
         *,
         sure: bool = True,
         nbytes: int = 0,
@@ -271,12 +291,13 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
 
         The caller is ``sure``, if it has agreed with the other ranks on the order and form of what
         it submits; ``what`` it is then gets compared only where that costs nothing.
-        ``arrays`` are those that the work reads; device ones are waited for, on the raw CUDA
-        ``stream`` that fills them, or CuPy's current one. ``nbytes``: how much it is about, where
-        that is not their size; for timelines and reports. ``prepare`` is carried out before it, in
-        its place of the order, and before other ranks may read the first of the arrays.
+        ``touched``: all memory that the work reads or writes, device memory with the stream on
+        which it is used: there the work is done after what is queued now, and before what is
+        queued after ``wait``. ``nbytes``: how much it is about, where that is not the first array's
+        size; for timelines and reports. ``prepare`` is carried out before it, in its place of the
+        order, and before other ranks may read the first of the arrays.
         """
-        call = Call(what, work, arrays, stream, nbytes=nbytes, fill=prepare)
+        call = Call(what, work, touched, nbytes=nbytes, fill=prepare)
         handle: Handle = self._caller.start(call, True, sure=sure)
         return handle
 
@@ -342,6 +363,8 @@ class World(EvenCalls, RootedCalls, UnevenCalls, ObjectCalls, MessageCalls):
         if self.closed:
             return
         self._worker.abandon(error)
+        for dispatch in self._caller.dispatches:
+            dispatch.abandon()
         if self._node is not None:
             self._node.abandon(error)
         while self._parts:

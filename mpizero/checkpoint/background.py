@@ -6,6 +6,7 @@ import threading
 
 from mpizero.api import World
 from mpizero.checkpoint.write import Save
+from mpizero.diagnostics import serve
 
 
 def carry_out(save: Save, world: World, asynchronous: bool) -> PendingSave | None:
@@ -57,6 +58,7 @@ class PendingSave:
             self._save.commit(self._world)
 
     def _run(self) -> None:
+        serve()
         try:
             if self._talks:
                 self._save.write(self._apart)

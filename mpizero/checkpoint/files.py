@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mpizero.errors import CheckpointError
 
 # A symbolic link in a checkpoint that came from elsewhere could point anywhere, and opening a pipe
 # there could wait for ever.
+_NAP_SECONDS = 0.1  # between two looks for a file
+
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
 _ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
@@ -137,12 +140,27 @@ def rename(old: Path, new: Path) -> None:
     old.rename(new)
 
 
-def open_to_read(path: Path) -> int:
-    """Raises CheckpointError for what is no ordinary file."""
-    try:
-        handle = os.open(path, _READ)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from None
+def open_to_read(path: Path, patience: float = 0.0) -> int:
+    """Raises CheckpointError for what is no ordinary file.
+
+    ``patience``: for so many seconds ask again for one that is not there. Another node may have
+    just written it, and file systems such as NFS remember for a while that there was none.
+    """
+    given_up = time.monotonic() + patience
+    while True:
+        try:
+            handle = os.open(path, _READ)
+            break
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if time.monotonic() >= given_up:
+                waited = f", for {patience:g} s" if patience else ""
+                text = f"{path} cannot be opened: {error.strerror}{waited}."
+                raise CheckpointError(text) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from None
+        time.sleep(_NAP_SECONDS)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # which asks the server
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         close(handle)
         raise CheckpointError(f"{path} is no ordinary file.")

@@ -29,6 +29,9 @@ from mpizero.checkpoint.manifest import CHECKSUMS, LARGEST, MANIFEST, Manifest
 from mpizero.checkpoint.progress import Progress
 from mpizero.errors import ArgumentError, CheckpointError, MpizeroError, in_words
 
+# Seconds for which a rank asks for a file that rank 0 has seen.
+PATIENCE = 30.0
+
 _AHEAD = 32 << 20  # bytes that the disk reads ahead of us
 
 
@@ -51,6 +54,8 @@ class Checkpoint:
         self.manifest: Manifest = found[0]
         self.layouts: list[FileLayout] = found[1]
         self._records: list[Any] = found[2]
+        # Rank 0 has seen all files; what another rank does not see yet will come.
+        self._patience = PATIENCE if world is not None and world.rank > 0 else 0.0
         self._handles: dict[int, int] = {}
         self._lent = np.empty(0, np.uint8)
         self._expected: dict[int, int] = {}  # up to where each file is being read ahead
@@ -205,7 +210,8 @@ class Checkpoint:
 
     def _handle(self, at: int) -> int:
         if at not in self._handles:
-            self._handles[at] = files.open_to_read(self.path / self.layouts[at].name)
+            path = self.path / self.layouts[at].name
+            self._handles[at] = files.open_to_read(path, self._patience)
         return self._handles[at]
 
     def _damaged(self, at: int, name: str, why: str) -> CheckpointError:

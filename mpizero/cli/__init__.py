@@ -7,6 +7,7 @@ import click
 from mpizero.cli.bench import bench
 from mpizero.cli.checkpoint import checkpoint
 from mpizero.cli.doctor import doctor
+from mpizero.cli.execute import execute
 from mpizero.cli.inspect import inspect
 from mpizero.cli.job import job
 from mpizero.cli.plan import plan_command
@@ -22,6 +23,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(checkpoint)
+main.add_command(execute)
 main.add_command(inspect)
 main.add_command(job)
 main.add_command(trace)

@@ -6,12 +6,16 @@ the place of the memory), so that it is the same on every rank, always.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from numpy.typing import DTypeLike
 
-from mpizero.collectives.tuning import Tuning, case
+from mpizero.collectives.tuning import Tuning, case, device_case
 from mpizero.memory.dtypes import is_half, kind_of
+
+# They enqueue work on a stream, and never touch the host.
+DEVICE_ALGORITHMS = ("nccl",)
 
 # Small device reductions that MPI cannot do keep to few messages; large ones to few bytes.
 _SMALL_BYTES = 64 * 1024
@@ -39,3 +43,9 @@ def choose(
         return "native"
     # The table is of all-reduces; a reduce-scatter is half of one.
     return tuning.algorithm(case(is_half(dtype), place.shared, place.one_node), nbytes) or "native"
+
+
+def device_order(nbytes: int, one_node: bool, tuning: Tuning) -> Iterable[str]:
+    """The algorithms that go from GPU to GPU, in the order in which "auto" takes what there is."""
+    first = tuning.algorithm(device_case(one_node), nbytes)
+    return dict.fromkeys([*([first] if first in DEVICE_ALGORITHMS else []), *DEVICE_ALGORITHMS])

@@ -54,6 +54,11 @@ def case(half: bool, shared: bool, one_node: bool) -> str:
     )
 
 
+def device_case(one_node: bool) -> str:
+    """Name what a collective from GPU to GPU is chosen by, beside its size."""
+    return "GPU/" + ("one node" if one_node else "several nodes")
+
+
 # Measured on two cores with the MPICH and Open MPI wheels at 2 and 4 ranks; between nodes, with two
 # ranks on each of two, over links of 1 Gbit/s (`benchmarks/between_nodes.py`).
 BUILT_IN = Tuning(

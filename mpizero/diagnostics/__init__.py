@@ -12,18 +12,21 @@ from mpizero.diagnostics.current import (
     stop_watching,
     trace,
     trace_if_asked,
+    waits_for_at_most,
     watch,
+    when_late,
 )
 from mpizero.diagnostics.lanes import Lanes
 from mpizero.diagnostics.orphans import end_with_launcher
 from mpizero.diagnostics.recorder import Lane, Recorder, recorded
-from mpizero.diagnostics.threads import serve
+from mpizero.diagnostics.threads import in_order, serve
 
 __all__ = [
     "Lane",
     "Lanes",
     "Recorder",
     "end_with_launcher",
+    "in_order",
     "recorded",
     "recorder",
     "serve",
@@ -32,5 +35,7 @@ __all__ = [
     "stop_watching",
     "trace",
     "trace_if_asked",
+    "waits_for_at_most",
     "watch",
+    "when_late",
 ]

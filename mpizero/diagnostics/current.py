@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TextIO, TypeVar
 
-from mpizero.diagnostics import stacks
+from mpizero.diagnostics import stacks, watchdog
 from mpizero.diagnostics.between_nodes import OtherNodes
 from mpizero.diagnostics.clocks import offset_to_root
 from mpizero.diagnostics.node import NodeRecords
@@ -87,6 +87,19 @@ def watch(group: Group, timeout: float | None) -> None:
         others = OtherNodes(group.comm, group.nodes, node)
     _watchdog = Watchdog(own, node, others, seconds, partial(abort, group.comm))
     _watchdog.start()
+
+
+def when_late(task: Callable[[], None]) -> None:
+    """Do ``task`` when a call of this rank has been open for a moment, again and again.
+
+    It is done by a thread of its own, and must not wait.
+    """
+    watchdog.when_late.append(task)
+
+
+def waits_for_at_most() -> float | None:
+    """How long a call may wait, in seconds; None: for ever."""
+    return seconds_of(None) if _watchdog is None else _watchdog.timeout
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from mpizero.diagnostics.record import Made, Record
 
 LEFT, UNSEEN = "left", "unseen"
 
+DIED = "died"  # the last word of what ``hopeless`` says of that
+
 BLOCKING, ASYNCHRONOUS, WAITING = "blocking", "asynchronous", "waiting"
 
 # Where blocking and asynchronous calls have one order: the kind of the latter.
@@ -177,7 +179,7 @@ def hopeless(views: Sequence[View], size: int) -> str:
     awaited = sorted({rank for each in stuck for rank in each.missing})
     gone = [rank for rank in awaited if rank in seen and seen[rank].state == GONE]
     if gone:
-        return f"{name(gone)} {'has' if len(gone) == 1 else 'have'} died"
+        return f"{name(gone)} {'has' if len(gone) == 1 else 'have'} {DIED}"
     left = [rank for rank in awaited if rank in seen and seen[rank].is_over]
     never = {key(each.call) for each in stuck if not set(left).isdisjoint(each.missing)}
     if left and any(view.main_waits_for(never) for view in views):

@@ -23,7 +23,7 @@ from mpizero.diagnostics.process import oom_kills
 from mpizero.diagnostics.record import AT_ENDED_BY
 from mpizero.diagnostics.recorder import Recorder
 from mpizero.diagnostics.report import report
-from mpizero.diagnostics.views import View, fingerprint, hopeless
+from mpizero.diagnostics.views import DIED, View, fingerprint, hopeless
 from mpizero.world.abort import say_last
 
 _TICK_SECONDS = 0.5
@@ -42,6 +42,9 @@ _GRACE_SECONDS = 20.0
 
 # A job that MPI_Abort does not end: MPI itself may be stuck.
 _ABORT_SECONDS = 5.0
+
+# Done when a call has been open for a moment: what could let it go on.
+when_late: list[Callable[[], None]] = []
 
 STATUS = 124  # as the command `timeout` ends with
 
@@ -65,6 +68,7 @@ class Watchdog:
         self._oom_kills = oom_kills()
         self._ask_after = _ASK_OTHERS_AFTER
         self._suspect: tuple[tuple[object, ...], float] | None = None
+        self._said: tuple[tuple[object, ...], float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mpizero-watchdog", daemon=True)
 
@@ -98,17 +102,32 @@ class Watchdog:
             self._suspect, self._ask_after = None, _ASK_OTHERS_AFTER
             stacks.start_over(self._record, self._recorder.fd)
             return
-        why = self._is_hopeless(age)
-        if why:
+        for task in when_late:
+            task()
+        why, is_death = self._is_hopeless(age)
+        if why and (is_death or self.timeout is not None):
             self._end(f"{why}. The job ends here.")
+        elif why:
+            self._say_once(f"{why}. The job goes on: MPIZERO_TIMEOUT or init(timeout=) say so")
         elif self.timeout is not None and age > self.timeout:
             self._end(
                 f"rank {self._rank} has waited for {age:.0f} s, longer than MPIZERO_TIMEOUT or "
                 f"init(timeout=) allow ({self.timeout:g} s). The job ends here."
             )
 
-    def _is_hopeless(self, age: float) -> str:
-        """Why the wait can never end; "" if it may, or if that is not certain yet."""
+    def _say_once(self, title: str) -> None:
+        if self._said == self._suspect:
+            return
+        self._said = self._suspect
+        with self._node.speak() as mine:
+            if mine:
+                _print(report(title, self._see_all(ends=False), self._notes()))
+
+    def _is_hopeless(self, age: float) -> tuple[str, bool]:
+        """Why the wait can never end; "" if it may, or if that is not certain yet.
+
+        And: is that so because a rank has died?
+        """
         views = self._node.look()
         if self._others is not None and age > self._ask_after:
             self._ask_after *= 2
@@ -117,11 +136,12 @@ class Watchdog:
         if not why:
             if len(views) == self._size:
                 self._suspect = None
-            return ""
+            return "", False
         seen, now = fingerprint(views), time.monotonic()
         if self._suspect is None or self._suspect[0] != seen:
             self._suspect = seen, now
-        return why if now - self._suspect[1] > _CERTAIN_SECONDS else ""
+        is_certain = now - self._suspect[1] > _CERTAIN_SECONDS
+        return why if is_certain else "", DIED in why
 
     def _answer_signal(self) -> None:
         """Somebody has sent the signal to a rank of this node: report, and go on."""

@@ -90,6 +90,7 @@ class Mpi:
     built_for_cuda: bool | None = None  # what it says of itself (MPIX_Query_cuda_support)
     cuda_aware: bool = False  # what a transfer of device memory has shown
     cuda_reason: str = ""
+    nccl_reason: str = ""  # why data does not go from GPU to GPU by NCCL; "": it does
 
 
 @dataclass(frozen=True)

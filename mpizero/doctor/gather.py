@@ -98,6 +98,7 @@ def _of_all(
         built_for_cuda=_built_for_cuda(_path_of_libmpi()),
         cuda_aware=world.cuda_awareness.enabled,
         cuda_reason=world.cuda_awareness.reason,
+        nccl_reason=world.device_ways.get("nccl", "some rank has no GPU"),
     )
     timings = None
     if measure is not None:

@@ -205,6 +205,21 @@ def _bound_gpus(host: str, ranks: list[RankFacts], bound: list[RankFacts]) -> Fi
     return ok("GPUs", text)
 
 
+def _way_of_gpus(facts: Facts) -> Iterator[Finding]:
+    """Which way the data of GPUs takes, and why."""
+    mpi = facts.mpi
+    if mpi.size == 1 or not any(rank.gpu for rank in facts.ranks):
+        return
+    topic, host = "data of GPUs", "by MPI" if mpi.cuda_aware else "through pinned host memory"
+    if not mpi.nccl_reason:
+        yield ok(topic, "from GPU to GPU by NCCL, enqueued on streams")
+        return
+    yield look(
+        topic, f"{host}, waited for by the host; not by NCCL: {mpi.nccl_reason}",
+        "NCCL comes with CuPy's and torch's CUDA wheels, and wants a GPU for each rank.",
+    )  # fmt: skip
+
+
 def _cuda_awareness(facts: Facts) -> Iterator[Finding]:
     topic, mpi, variables = "CUDA-aware MPI", facts.mpi, facts.ranks[0].variables
     gpus = any(rank.host_gpus or rank.gpu for rank in facts.ranks)
@@ -299,5 +314,6 @@ def _size(nbytes: int) -> str:
 
 
 JUDGES: list[Callable[[Facts], Iterable[Finding]]] = [
-    _cores, _binding, _threads, _shared_memory, _gpus, _cuda_awareness, _bfloat16, _network, _times,
+    _cores, _binding, _threads, _shared_memory, _gpus, _way_of_gpus, _cuda_awareness, _bfloat16,
+    _network, _times,
 ]  # fmt: skip

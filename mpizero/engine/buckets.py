@@ -11,11 +11,13 @@ import numpy as np
 from mpizero.engine.passes import Piece
 from mpizero.engine.specs import ParameterSpec
 from mpizero.layout import FlatLayout
+from mpizero.memory.arrays import on_device
 
 Allocate = Callable[[int, Any], Any]  # (elements, dtype) -> zeroed 1-D memory
 
 # Behind its gradients a bucket carries two numbers for each of them: is there a gradient at all,
-# and has one come since the last average? Summed with the rest, they tell every rank for free.
+# and has one come since the last average? Summed with the rest, they tell every rank for free. To
+# read them on a device the host would have to wait for it: there they have memory of their own.
 _USED, _FRESH = "(used)", "(fresh)"
 
 
@@ -28,10 +30,13 @@ class Bucket(Piece):
     views: dict[int, Any]
     used: Any  # one element per member, 0 or more: has any rank a gradient for it?
     fresh: Any  # the same: has one come on any rank, that was not averaged before?
+    marks: Any = None  # ``used`` and ``fresh``, where they are on the host and the rest is not
 
     @property
     def gradients(self) -> Any:
         """The flat array without ``used``."""
+        if self.marks is not None:
+            return self.flat
         return self.flat[: self.layout.entries[_USED].offset]
 
 
@@ -64,9 +69,16 @@ def make_bucket(
     """Lay ``members`` out in newly allocated memory."""
     dtype = specs[members[0]].dtype
     shapes = [(str(index), specs[index].shape) for index in members]
-    each = (len(members),)
-    layout = FlatLayout.of([*shapes, (_USED, each), (_FRESH, each)], dtype)
+    count = len(members)
+    behind = [(_USED, (count,)), (_FRESH, (count,))]
+    layout = FlatLayout.of([*shapes, *behind], dtype)
     flat = allocate(layout.size, dtype)
     views = {index: layout.view(flat, str(index)) for index in members}
+    if on_device(flat):
+        marks = np.zeros(2 * count)
+        return Bucket(
+            members=members, layout=layout, flat=flat, views=views,
+            used=marks[:count], fresh=marks[count:], marks=marks,
+        )  # fmt: skip
     used, fresh = layout.view(flat, _USED), layout.view(flat, _FRESH)
     return Bucket(members=members, layout=layout, flat=flat, views=views, used=used, fresh=fresh)

@@ -24,6 +24,7 @@ from mpizero.engine.specs import ParameterSpec
 from mpizero.engine.weights import Merge, Weight
 from mpizero.errors import MpizeroError
 from mpizero.memory.arrays import empty_like
+from mpizero.memory.order import on_host
 from mpizero.reduction.operation import SUM
 from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 
@@ -54,7 +55,7 @@ class SegmentPiece(Piece):
     space: int
     segment: Segment
     shard_place: slice  # this rank's block in its shard of the space
-    gaps: Any = field(repr=False)  # elements that belong to no parameter
+    gaps: Sequence[slice] = field(repr=False)  # elements that belong to no parameter
     trained: int  # of its members; a segment of none is left out
 
 
@@ -194,7 +195,8 @@ class GradientSharder(ReducedPasses):
             self._kept = []
         elif self._whole and not self._kept:
             # The place of the mean is about to be filled with this rank's next gradients.
-            self._kept = [self._own(piece).copy() for piece in self._segments]
+            with self._using():
+                self._kept = [self._own(piece).copy() for piece in self._segments]
 
     def zero_kept(self, members: Collection[int]) -> None:
         """The mean that was put aside, while its place is used, becomes zero for ``members``.
@@ -202,9 +204,10 @@ class GradientSharder(ReducedPasses):
         All of the parameters of a space, or none of them, are among these.
         """
         own = set(members)
-        for piece, each in zip(self._segments, self._kept, strict=False):
-            if own.issuperset(piece.segment.members):
-                each[...] = 0
+        with self._using():
+            for piece, each in zip(self._segments, self._kept, strict=False):
+                if own.issuperset(piece.segment.members):
+                    each[...] = 0
 
     def _own_news(self) -> dict[str, float]:
         marks = float(self.marks % MARKS)
@@ -252,16 +255,15 @@ class GradientSharder(ReducedPasses):
             self._reduce(own, self._launched - 1, again=False)
 
     def _reduce(self, piece: SegmentPiece, number: int, again: bool) -> None:
-        out, kept = self._own(piece), None
-        if again:
-            kept = out.copy() if self._whole else out
-        elif self.keeps:
-            kept = self._kept[number] if self._whole else out
+        out = self._own(piece)
         memory, buffer = self._segment_memory(piece, number)
         fillings = self._fillings(number, buffer, memory)
-        for at in self._fill((number, buffer), fillings):
-            fillings[at].memory[...] = 0
-        memory[piece.gaps] = 0
+        with self._using():
+            kept = self._kept_of(piece, number, again)
+            for at in self._fill((number, buffer), fillings):
+                fillings[at].memory[...] = 0
+            for gap in piece.gaps:
+                memory[gap] = 0
         opening = self._opening
         if opening is None:
             raise RuntimeError("a segment is reduced outside of a pass")
@@ -280,9 +282,18 @@ class GradientSharder(ReducedPasses):
             memory,
             piece.segment.blocks,
             use,
-            self._stream(),
+            self._stream,
+            (out,) if kept is None else (out, kept),
             self._scaled(memory),
         )
+
+    def _kept_of(self, piece: SegmentPiece, number: int, again: bool) -> Any:
+        """What a segment's mean is added to; None: nothing."""
+        if again:
+            return self._own(piece).copy() if self._whole else self._own(piece)
+        if not self.keeps:
+            return None
+        return self._kept[number] if self._whole else self._own(piece)
 
     def _collect(self) -> list[bool]:
         anywhere, late = self._finish()
@@ -324,7 +335,7 @@ class GradientSharder(ReducedPasses):
         self._world.submit(
             "the closing of a backward pass",
             lambda run, parts: run.all_reduce(closing, SUM),
-            nbytes=closing.nbytes,
+            on_host(closing),
         ).wait()
         return closing
 
@@ -348,10 +359,11 @@ class GradientSharder(ReducedPasses):
             ]
         self._memory = []
         for (space, dtype), travelling in zip(spaces, self._on_the_way, strict=True):
-            memory = empty_like(
-                self._buffers[travelling][0], (space.shard_size(self._group.part),), dtype
-            )
-            memory[...] = 0
+            with self._using():
+                memory = empty_like(
+                    self._buffers[travelling][0], (space.shard_size(self._group.part),), dtype
+                )
+                memory[...] = 0
             self._memory.append(memory)
 
     def _own(self, piece: SegmentPiece) -> Any:
@@ -405,9 +417,15 @@ def _piece(at: int, space: Space, segment: Segment, place: slice) -> SegmentPiec
         space=at,
         segment=segment,
         shard_place=place,
-        gaps=np.flatnonzero(~used),
+        gaps=_runs(~used),
         trained=len(segment.members),
     )
+
+
+def _runs(mask: Any) -> list[slice]:
+    """Where a mask is true: slices, which a device needs no list of indices for."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
 def _pieces_of(pieces: Sequence[SegmentPiece], count: int) -> list[tuple[Piece, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpizero.api import World
 from mpizero.engine.weights import Merge
+from mpizero.memory.order import on_host
 from mpizero.reduction.operation import SUM, operation
 
 
@@ -63,7 +64,8 @@ class Opening:
             if sums[uneven]:
                 run.all_reduce(largest, operation("max", largest.dtype, world.size, "backward()"))
 
-        self._handle = world.submit("the opening of a backward pass", exchange, nbytes=sums.nbytes)
+        touched = on_host(sums, largest)
+        self._handle = world.submit("the opening of a backward pass", exchange, touched)
 
     def wait(self) -> News:
         """The sums over the ranks."""

@@ -11,6 +11,7 @@ sharded   every rank has its blocks only (stage 3): spaces are gathered when the
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import numpy as np
 from mpizero.engine.buckets import Allocate
 from mpizero.engine.partition import Space
 from mpizero.engine.shard_group import ShardGroup
-from mpizero.memory.arrays import empty_like
+from mpizero.memory.arrays import StreamOf, assign, empty_like, on_device, to_host
 from mpizero.memory.dtypes import is_half
+from mpizero.memory.order import NOTHING, on_stream
 from mpizero.progress import Handle
 from mpizero.reduction.half import narrow, widen
 
@@ -31,13 +33,19 @@ class ParameterMemory:
 
     ``how``: COMMON, WHOLE or SHARDED. Where a node has no room for COMMON memory, a space lies in
     every rank's own. ``allocate(count, dtype)`` gives zeroed memory that ranks of a node can reach.
-    Spaces that are not ``trained`` are never updated.
+    Spaces that are not ``trained`` are never updated. ``stream()``: the raw CUDA stream on which
+    device memory is used.
     """
 
     def __init__(
-        self, group: ShardGroup, how: str, allocate: Allocate, allocate_private: Allocate
+        self,
+        group: ShardGroup,
+        how: str,
+        allocate: Allocate,
+        allocate_private: Allocate,
+        stream: StreamOf = lambda: None,
     ) -> None:
-        self._group, self.how = group, how
+        self._group, self.how, self._stream = group, how, stream
         self._allocate, self._allocate_private = allocate, allocate_private
         self._spaces: list[Space] = []
         self._flats: list[Any] = []
@@ -106,7 +114,10 @@ class ParameterMemory:
         ``settle``.
         """
         self.changes += 1
-        cut = self._spaces[space]
+        with self._using():
+            self._store(self._spaces[space], space, index, values)
+
+    def _store(self, cut: Space, space: int, index: int, values: Any) -> None:
         for block, place in self._stored_here(space):
             found = cut.layout.overlap(str(index), place)
             if found is not None:
@@ -122,7 +133,9 @@ class ParameterMemory:
 
     def settle(self) -> None:
         """All ranks have stored: from here on everyone may read. Collective."""
-        self._group.inner.submit("storing parameters", lambda run, parts: run.barrier()).wait()
+        self._group.inner.submit(
+            "storing parameters", lambda run, parts: run.barrier(), NOTHING
+        ).wait()
 
     def publish(self, spaces: Collection[int] | None = None) -> None:
         """After an update of what ``updated`` gives: let every rank have the new parameters.
@@ -132,16 +145,20 @@ class ParameterMemory:
         """
         self.changes += 1
         updated = [at for at in self._trained if spaces is None or at in spaces]
-        for at in updated:
-            if self.masters[at] is not None:
-                for wide, block in zip(self.updated(at), self.blocks(at), strict=True):
-                    _round_into(wide, block)
+        with self._using():
+            for at in updated:
+                if self.masters[at] is not None:
+                    for wide, block in zip(self.updated(at), self.blocks(at), strict=True):
+                        _round_into(wide, block)
         if self.how == SHARDED:
             self.settle()
             return
         for at in updated:
-            send = self._group.publish if self._is_common[at] else self._group.gather
-            send("updated parameters", self._flats[at], _places(self._spaces[at])).wait()
+            flat, where = self._flats[at], _places(self._spaces[at])
+            if self._is_common[at]:
+                self._group.publish("updated parameters", flat, where).wait()
+            else:
+                self._group.gather("updated parameters", flat, where, self._stream).wait()
 
     def collect(self, space: int, index: int, root: int | None = None) -> Any:
         """A parameter (1-D, whole) as the optimizer keeps it: float32 where there are masters.
@@ -149,6 +166,10 @@ class ParameterMemory:
         On every rank, or on ``root`` only (None elsewhere). Collective over the world; travels
         block by block.
         """
+        with self._using():
+            return self._collect(space, index, root)
+
+    def _collect(self, space: int, index: int, root: int | None) -> Any:
         cut, world = self._spaces[space], self._group.world
         memory = self.updated(space)
         whole = None
@@ -169,7 +190,8 @@ class ParameterMemory:
                         whole = empty_like(piece, (cut.layout.entries[str(index)].count,))
                     whole[elements] = piece
         if whole is None and root in (None, world.rank):
-            whole = empty_like(self._flats[space], (0,))
+            master = self.masters[space]
+            whole = empty_like(self._flats[space] if master is None else master, (0,))
         return whole
 
     def gather(self, space: int, whole: Any, what: str) -> Handle | None:
@@ -182,19 +204,24 @@ class ParameterMemory:
         """
         cut, group = self._spaces[space], self._group
         shards = self._reachable(space)
-        if shards is not None:
-            for part, shard in enumerate(shards):
-                for segment, place in zip(cut.segments, cut.shard_places(part), strict=True):
-                    whole[segment.block(part)] = shard[place]
-            return None
-        for segment, block in zip(cut.segments, self.blocks(space), strict=True):
-            whole[segment.block(group.part)] = block
+        with self._using():
+            if shards is not None:
+                for part, shard in enumerate(shards):
+                    for segment, place in zip(cut.segments, cut.shard_places(part), strict=True):
+                        whole[segment.block(part)] = shard[place]
+                return None
+            for segment, block in zip(cut.segments, self.blocks(space), strict=True):
+                whole[segment.block(group.part)] = block
         return group.inner.submit(
             what,
             lambda run, parts: group.gather_now(run, whole, _places(cut), what=what, sure=False),
+            on_stream(self._stream, whole, counterpart=False),
             sure=False,
-            nbytes=int(whole.nbytes),
         )
+
+    def _using(self) -> AbstractContextManager[None]:
+        """Inside, the kernels on device memory run on the stream on which it is used."""
+        return self._group.world.device.using(self._stream())
 
     @property
     def sends_to_gather(self) -> bool:
@@ -250,17 +277,15 @@ def _places(space: Space) -> list[tuple[slice, Sequence[slice]]]:
 
 
 def _round_into(values: Any, out: Any) -> None:
-    if isinstance(values, np.ndarray) and not isinstance(out, np.ndarray):  # kept on the host
+    if on_device(out) and not on_device(values):  # kept on the host
         rounded = np.empty(out.shape, out.dtype)
         _round_into(values, rounded)
-        out.set(rounded)
+        assign(out, rounded)
     elif is_half(out.dtype) and values.dtype == np.float32:
-        narrow(values, out)
+        narrow(to_host(values) if not on_device(out) else values, out)
     else:
-        out[...] = values
+        assign(out, values)
 
 
 def _widen_into(values: Any, out: Any) -> None:
-    if isinstance(out, np.ndarray) and not isinstance(values, np.ndarray):
-        values = values.get()
-    out[...] = widen(values) if is_half(values.dtype) else values
+    assign(out, widen(values) if is_half(values.dtype) else values)

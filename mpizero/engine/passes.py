@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,10 @@ class ReducedPasses(ABC):
         self._arrivals: list[int] | None = None  # in which order gradients come, if that matters
         self._waiting: list[tuple[Piece, ...]] = []  # for each parameter the pieces it is part of
         self._launched = 0
+
+    def _using(self) -> AbstractContextManager[None]:
+        """Inside, kernels on device gradients run on the stream on which they are computed."""
+        return self._world.device.using(self._stream())
 
     @property
     @abstractmethod

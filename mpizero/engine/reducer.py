@@ -15,8 +15,8 @@ from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.specs import ParameterSpec
 from mpizero.engine.weights import Merge
 from mpizero.errors import MismatchError
-from mpizero.memory.arrays import put
-from mpizero.reduction.operation import mean_over
+from mpizero.memory.order import on_host, on_stream
+from mpizero.reduction.operation import SUM, mean_over
 
 FIRST_BUCKET_BYTES = 1 << 20
 
@@ -158,12 +158,13 @@ class GradientReducer(ReducedPasses):
         if opening is None:
             raise RuntimeError("a bucket is reduced outside of a pass")
         has = self._has_gradient(bucket)
-        put(has, bucket.used)
-        put(self._are_fresh(bucket.members, has), bucket.fresh)
+        bucket.used[...] = has
+        bucket.fresh[...] = self._are_fresh(bucket.members, has)
         if any(has) and not all(has):
-            for index, one in zip(bucket.members, has, strict=True):
-                if not one:
-                    bucket.views[index][...] = 0
+            with self._using():
+                for index, one in zip(bucket.members, has, strict=True):
+                    if not one:
+                        bucket.views[index][...] = 0
         flat, mean, scaled = bucket.flat, self._mean, self._scaled(bucket.gradients)
 
         def prepare() -> None:
@@ -179,8 +180,7 @@ class GradientReducer(ReducedPasses):
         bucket.handle = self._world.submit(
             f"the gradients from '{self._specs[bucket.members[0]].name}' on",
             reduce,
-            (flat,),
-            self._stream(),
+            on_stream(self._stream, flat),
             prepare=prepare,
         )
 
@@ -216,6 +216,7 @@ class GradientReducer(ReducedPasses):
         if opening.check().late:
             self._find_places()
         anywhere, fresh = np.zeros((2, len(self._specs)), bool)
+        self._sum_marks(opening)
         for number, bucket in enumerate(self._buckets):
             if bucket.handle is not None:
                 bucket.handle.wait()
@@ -228,6 +229,26 @@ class GradientReducer(ReducedPasses):
         self._accumulated.clear()
         found: list[bool] = anywhere.tolist()
         return found
+
+    def _sum_marks(self, opening: Opening) -> None:
+        """Where gradients are on a device, what the ranks say of them travels on the host."""
+        apart = [
+            each.marks
+            for number, each in enumerate(self._buckets)
+            if each.marks is not None and opening.trained(number)
+        ]
+        if not apart:
+            return
+        marks = np.concatenate(apart)
+        self._world.submit(
+            "the closing of a backward pass",
+            lambda run, parts: run.all_reduce(marks, SUM),
+            on_host(marks),
+        ).wait()
+        start = 0
+        for own in apart:
+            own[...] = marks[start : start + own.size]
+            start += own.size
 
     def _find_places(self) -> None:
         """Give those that are late a place, the same on all ranks, and reduce them, too."""
@@ -257,8 +278,9 @@ class GradientReducer(ReducedPasses):
         rest = [i for i in sorted(self._bucket_of, reverse=True) if i not in set(order)]
         old_views = {index: self.view(index) for index in self._bucket_of}
         self._build([*order, *rest])
-        for index, old in old_views.items():
-            self.view(index)[...] = old
+        with self._using():
+            for index, old in old_views.items():
+                self.view(index)[...] = old
 
     def _build(self, order: Sequence[int]) -> None:
         self._buckets, self._bucket_of, self._any_moved = [], {}, False

@@ -16,8 +16,9 @@ import numpy as np
 from mpizero.api import World
 from mpizero.collectives.dispatch import Dispatch, Parts
 from mpizero.errors import ArgumentError
-from mpizero.memory.arrays import empty_like
+from mpizero.memory.arrays import StreamOf, empty_like
 from mpizero.memory.dtypes import is_half
+from mpizero.memory.order import NOTHING, on_stream
 from mpizero.progress import Handle
 from mpizero.reduction.operation import SUM
 
@@ -92,13 +93,15 @@ class ShardGroup:
         flat: Any,
         blocks: Sequence[slice],
         use: Callable[[list[Any]], None],
-        stream: int | None = None,
+        stream: StreamOf,
+        into: Sequence[Any] = (),
         prepare: Callable[[], None] | None = None,
     ) -> Handle:
         """Sum ``flat`` over all ranks; ``use(rows)`` gets what makes up this rank's block.
 
-        See ``Algorithm.combine_block``. ``blocks``: one for each part. ``prepare`` is carried out
-        first, before others read ``flat``.
+        See ``Algorithm.combine_block``. ``blocks``: one for each part. ``into``: what ``use``
+        writes. Device memory is used on the raw ``stream()``. ``prepare`` is carried out first,
+        before others read ``flat``.
         """
 
         def work(run: Dispatch, parts: Parts) -> None:
@@ -119,27 +122,35 @@ class ShardGroup:
                 outer.submit(
                     what,
                     lambda run, parts: run.combine_block(total, within, SUM, parts, use),
+                    on_stream(_here, total, *into, counterpart=False),
                     sure=self.is_sure,
-                    nbytes=total.nbytes,
                 ).wait()
             else:
                 outer.submit(
                     what,
                     lambda run, parts: run.all_reduce(total, SUM, parts=parts),
+                    on_stream(_here, total, counterpart=False),
                     sure=self.is_sure,
-                    nbytes=total.nbytes,
                 ).wait()
                 use([total])
 
-        return self.inner.submit(what, work, (flat,), stream, sure=self.is_sure, prepare=prepare)
+        return self.inner.submit(
+            what, work, on_stream(stream, flat, *into), sure=self.is_sure, prepare=prepare
+        )
 
     def gather(
-        self, what: str, flat: Any, segments: Sequence[tuple[slice, Sequence[slice]]]
+        self,
+        what: str,
+        flat: Any,
+        segments: Sequence[tuple[slice, Sequence[slice]]],
+        stream: StreamOf,
     ) -> Handle:
         """Fill this rank's ``flat``, of which it holds its block in every segment."""
 
         return self.inner.submit(
-            what, lambda run, parts: self.gather_now(run, flat, segments, parts), (flat,)
+            what,
+            lambda run, parts: self.gather_now(run, flat, segments, parts),
+            on_stream(stream, flat),
         )
 
     def gather_now(
@@ -174,7 +185,7 @@ class ShardGroup:
                 self._gather_across(what, flat[place], blocks)
             run.barrier()
 
-        return self.inner.submit(what, work)
+        return self.inner.submit(what, work, NOTHING)  # that is host memory
 
     def _gather_across(
         self, what: str, segment: Any, blocks: Sequence[slice], sure: bool = True
@@ -185,7 +196,7 @@ class ShardGroup:
         self.outer.submit(
             what,
             lambda run, parts: run.gather_blocks(region, within, parts),
-            (region,),
+            on_stream(_here, region),
             sure=sure,
         ).wait()
 
@@ -203,3 +214,7 @@ class ShardGroup:
         start = blocks[first].start
         own = blocks[first : first + self._across]
         return [slice(block.start - start, block.stop - start) for block in own]
+
+
+def _here() -> None:
+    """Within the work of the inside ranks: on the stream of that work, CuPy's current one."""

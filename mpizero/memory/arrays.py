@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mpizero.errors import ArgumentError
 
-# Adapters add their framework's types here: (does this object belong to me?, as an array).
-_bridges: list[tuple[Callable[[object], bool], Callable[[Any], Any]]] = []
+# The raw CUDA stream on which an array's owner computes, on this thread, now; None: CuPy's own.
+StreamOf = Callable[[], "int | None"]
+
+
+@dataclass(frozen=True)
+class _Bridge:
+    """What an adapter has said of its framework's arrays."""
+
+    owns: Callable[[object], bool]
+    as_array: Callable[[Any], Any]
+    stream: Callable[[int], int] | None
+
+
+# How CuPy calls memory of its own; what comes from other libraries has other names.
+_OF_CUPY = ("PooledMemory", "Memory", "MemoryAsync", "ManagedMemory")
+
+_bridges: list[_Bridge] = []
 
 _ALLOWED = (
     "a numpy or CuPy array, or an object with the buffer protocol, DLPack or "
@@ -24,19 +40,31 @@ _ALLOWED = (
 )
 
 
-def register_bridge(owns: Callable[[object], bool], as_array: Callable[[Any], Any]) -> None:
-    """Let objects for which ``owns(x)`` holds come in as ``as_array(x)``, sharing their memory."""
-    _bridges.append((owns, as_array))
+def register_bridge(
+    owns: Callable[[object], bool],
+    as_array: Callable[[Any], Any],
+    stream: Callable[[int], int] | None = None,
+) -> None:
+    """Let objects for which ``owns(x)`` holds come in as ``as_array(x)``, sharing their memory.
+
+    ``stream(gpu)``: the raw CUDA stream on which this thread computes with such arrays on that GPU.
+    A framework that does not say gets its results when they are there.
+    """
+    _bridges.append(_Bridge(owns, as_array, stream))
 
 
 @dataclass(frozen=True)
 class OpenArray:
-    """A user's array (``original``), seen as ``array`` and worked on as the 1-D ``flat``."""
+    """A user's array (``original``), seen as ``array`` and worked on as the 1-D ``flat``.
+
+    ``stream``: on which its owner uses it, if it is device memory; None: nobody knows.
+    """
 
     original: Any
     array: Any
     flat: Any
     is_copy: bool
+    stream: StreamOf | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,9 +99,10 @@ def open_array(x: Any, function: str, argument: str, *, writable: bool) -> OpenA
             "Pass a copy, or give the result a place of its own with out=.",
         )
     if not isinstance(array, np.ndarray):
+        stream = _stream_of(x, array)
         if array.flags.c_contiguous:
-            return OpenArray(x, array, array.reshape(-1), False)
-        return OpenArray(x, array, array.ravel(), True)
+            return OpenArray(x, array, array.reshape(-1), False, stream)
+        return OpenArray(x, array, array.ravel(), True, stream)
     if array.flags.c_contiguous and array.flags.aligned and array.dtype.names is None:
         return OpenArray(x, array, array.reshape(-1), False)
     dtype = _packed(array.dtype)
@@ -91,26 +120,58 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
 
 
 def overlap(first: Any, second: Any) -> bool:
-    """True if two host arrays may share memory (device arrays: if they start at the same place)."""
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+    """True if two arrays may share memory: if the ranges in which their elements lie meet."""
+    on_host = isinstance(first, np.ndarray), isinstance(second, np.ndarray)
+    if all(on_host):
         return np.may_share_memory(first, second)
-    return bool(first.size and second.size and first.data.ptr == second.data.ptr)
+    if any(on_host) or not (first.size and second.size):
+        return False
+    (start, stop), (other_start, other_stop) = _range(first), _range(second)
+    return start < other_stop and other_start < stop
+
+
+def _range(array: Any) -> tuple[int, int]:
+    """The addresses between which the elements of a device array lie (strides may be negative)."""
+    start = stop = int(array.data.ptr)
+    for extent, stride in zip(array.shape, array.strides, strict=True):
+        reach = (extent - 1) * stride
+        start, stop = start + min(0, reach), stop + max(0, reach)
+    return start, stop + int(array.itemsize)
 
 
 def same_place(first: Any, second: Any) -> bool:
     """True if two arrays start at one place in memory."""
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+    on_host = isinstance(first, np.ndarray), isinstance(second, np.ndarray)
+    if all(on_host):
         return bool(first.ctypes.data == second.ctypes.data)
-    return bool(first.data.ptr == second.data.ptr)
+    return not any(on_host) and bool(first.data.ptr == second.data.ptr)
 
 
-def put(values: Any, into: Any) -> None:
-    """Copy numbers of the host, a sequence or numpy array, into an array of any library."""
-    host = np.asarray(values, into.dtype).reshape(into.shape)
-    if isinstance(into, np.ndarray):
-        into[...] = host
-    else:
-        into.set(host)  # CuPy takes no numpy array in an assignment
+def on_device(array: Any) -> bool:
+    """Is it device memory? (``array``: as ``open_array`` gives them.)"""
+    return not isinstance(array, np.ndarray)
+
+
+def to_host(array: Any) -> Any:
+    """Numbers as numpy: a host array itself, or a copy of device memory, which is waited for."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def assign(into: Any, values: Any) -> None:
+    """``into[...] = values`` wherever either of them lies, on the calling thread's stream.
+
+    CuPy takes no numpy array in an assignment, nor numpy a CuPy array.
+    """
+    if on_device(into) == on_device(values):
+        into[...] = values
+    elif on_device(values):
+        into[...] = to_host(values)
+    elif into.flags.c_contiguous:
+        into.set(np.ascontiguousarray(values, into.dtype).reshape(into.shape))
+    else:  # ``set`` wants memory without gaps
+        arrived = empty_like(into, into.shape)
+        assign(arrived, values)
+        into[...] = arrived
 
 
 def _as_array(x: Any, function: str, argument: str) -> Any:
@@ -121,9 +182,9 @@ def _as_array(x: Any, function: str, argument: str) -> Any:
                 "x.filled(value) has a number in place of each masked one.",
             )  # fmt: skip
         return np.asarray(x)  # a matrix, for instance, has no one-dimensional form
-    for owns, as_array in _bridges:
-        if owns(x):
-            return as_array(x)
+    for bridge in _bridges:
+        if bridge.owns(x):
+            return bridge.as_array(x)
     try:
         if hasattr(x, "__cuda_array_interface__"):
             return _as_cupy(x)
@@ -134,6 +195,24 @@ def _as_array(x: Any, function: str, argument: str) -> Any:
     except (TypeError, BufferError, RuntimeError, ValueError) as error:
         raise ArgumentError(function, argument, _describe(x), _ALLOWED, f"({error})") from error
     raise ArgumentError(function, argument, _describe(x), _ALLOWED)
+
+
+def _stream_of(x: Any, array: Any) -> StreamOf | None:
+    """On which stream the device array's owner uses it; None: nobody knows.
+
+    An array of CuPy's over memory of a framework's is used on that one's stream as well.
+    """
+    gpu = array.device.id
+    if x is not array:
+        for bridge in _bridges:
+            if bridge.owns(x):
+                return None if bridge.stream is None else partial(bridge.stream, gpu)
+        return None
+    if type(array.data.mem).__name__ not in _OF_CUPY:
+        for bridge in _bridges:
+            if bridge.stream is not None:
+                return partial(bridge.stream, gpu)
+    return lambda: None
 
 
 def _as_cupy(x: Any) -> Any:

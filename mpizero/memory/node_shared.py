@@ -243,7 +243,8 @@ class NodeMemory:
         free, needed = lacking
         if not self._warned and self.comm.rank == 0:
             warnings.warn(
-                f"{_SHM} has {free >> 20} MiB free and {needed >> 20} MiB are needed for "
+                f"{_SHM} has {free >> 20} MiB free, of which {_SHM_RESERVE >> 20} MiB are left to "
+                f"MPI and others, and {needed >> 20} MiB are needed for "
                 "node-shared memory; going on with private memory, which is slower. To raise it: "
                 "docker run --shm-size=8g, podman the same, Apptainer binds the host's, or "
                 f"`mount -o remount,size=50% {_SHM}`.",

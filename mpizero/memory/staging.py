@@ -1,23 +1,21 @@
-"""Collectives on device memory: directly, or through pinned host memory in pipelined chunks.
+"""Collectives on device memory through pinned host memory, in pipelined chunks.
 
-Both keep stream order on MPI's behalf. MPI does not know CUDA streams: it reads a buffer at the
-moment it is called, whether or not the kernel that fills it has run, and what it writes is ordered
-with no stream. So before MPI (or a staging copy) touches the array, this thread waits for the
-event that was recorded when the collective was submitted; and when a collective returns, every
-copy has finished as seen from the host, which orders it before anything that any stream is given
-afterwards.
+MPI does not know CUDA streams: it reads a buffer at the moment it is called, whether or not the
+kernel that fills it has run, and what it writes is ordered with no stream. So before MPI (or a
+staging copy) touches the array, this thread waits for its current stream, which follows whatever
+fills the array (``mpizero.memory.order``); and when a collective returns, every copy has finished
+as seen from the host, which orders it before anything that any stream is given afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mpizero.world.device import CudaDevice, Device
+from mpizero.world.device import CudaDevice
 
 # Large enough for PCIe and MPI to run at full speed, small enough to overlap for usual buckets.
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -28,25 +26,8 @@ _SLOTS = 3
 Run = Callable[[Any, Any], None]
 
 
-@contextmanager
-def fence(device: Device, event: Any) -> Iterator[None]:
-    """Around a collective that hands device pointers to MPI itself (CUDA-aware), or any other work.
-
-    Waits for ``event`` (from ``device.record()`` at submission) first. Kernels that the collective
-    runs beside MPI (sums, the division of a mean) go to the communication stream, and are done on
-    leaving, also when the work fails. Nothing to do on the host.
-    """
-    device.wait(event)
-    with device.communicating():
-        try:
-            yield
-        finally:
-            device.synchronize()
-
-
 def staged(
     device: CudaDevice,
-    event: Any,
     source: Any,
     target: Any,
     run: Run,
@@ -72,11 +53,9 @@ def staged(
 
     While chunk i is in ``run``, chunk i + 1 travels to the host and chunk i - 1 back. All ranks
     must pass the same k, dtype, number of rows and ``chunk_bytes``, which bounds each host buffer:
-    then they cut alike. Returns when the last copy has finished; if ``run`` raises, so does this,
-    after the streams are quiet. Waits for ``event`` (None: nothing) before anything is read.
+    then they cut alike. Waits for the current stream before anything is read. Returns when the last
+    copy has finished; if ``run`` raises, so does this, after the streams are quiet.
     """
-    device.wait(event)
-    # What this thread has queued beside MPI itself (inside a fence) comes first as well.
     device.synchronize()
     parts = _cut(source, target, chunk_bytes)
     if not parts:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+
+class Order(Protocol):
+    """Of an operation on device memory: what is queued, and who comes after it."""
+
+    def wait(self, blocking: bool = False) -> None: ...
+
+    def is_done(self) -> bool: ...
 
 
 class Handle:
     """The result-to-be of an asynchronous operation.
 
-    Every rank must wait for its handles; the array must not be touched before.
+    Every rank must wait for its handles; the array must not be touched before. Any thread may wait
+    for it or ask whether it is done, several at a time.
     """
 
     def __init__(
@@ -19,8 +28,10 @@ class Handle:
         advance: Callable[[Handle], None],
         block: Callable[[Handle], None] = lambda handle: None,
         what: str = "",
+        order: Order | None = None,
     ) -> None:
         self.what = what
+        self._order = order
         self._work: Callable[[], Any] | None = work
         self._block = block
         self._advance = advance
@@ -34,13 +45,20 @@ class Handle:
         Without a progress thread the operation is carried out here, so that polling gets there.
         """
         self._advance(self)
-        return self._finished.is_set()
+        return self._finished.is_set() and (self._order is None or self._order.is_done())
 
-    def wait(self) -> Any:
-        """Wait until the operation has finished; return its array, or raise what it raised."""
+    def wait(self, blocking: bool = False) -> Any:
+        """Wait until the operation has finished; return its array, or raise what it raised.
+
+        Device memory is waited for by the stream on which this thread uses it (torch's or CuPy's
+        current one): what is queued there from now on sees the result, and the host goes on.
+        ``blocking``: the host waits until the result is there. Each thread that uses it waits.
+        """
         if not self._finished.is_set():
             self._advance(self)
             self._block(self)
+        if self._order is not None:
+            self._order.wait(blocking)
         if self._error is not None:
             raise self._error
         return self._result
@@ -63,8 +81,8 @@ class Handle:
         self._finished.set()
 
 
-def finished(result: Any) -> Handle:
-    """A handle of something that is there already."""
-    handle = Handle(lambda: result, lambda _: None)
+def finished(result: Any, order: Order | None = None) -> Handle:
+    """A handle of something that has been carried out already."""
+    handle = Handle(lambda: result, lambda _: None, order=order)
     handle.run()
     return handle

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from mpizero.collectives import transport
 from mpizero.diagnostics import Lane, Lanes, recorded
 from mpizero.errors import ArgumentError, LaunchError, MismatchError
-from mpizero.memory.arrays import OpenArray
+from mpizero.memory.arrays import OpenArray, assign, on_device
 from mpizero.memory.dtypes import as_bytes
 from mpizero.world import Group, in_flight
 from mpizero.world.startup import load_mpi
@@ -98,9 +99,10 @@ class Transfer:
         expected, came = self.array.flat.nbytes, self._status.Get_elements(load_mpi().BYTE)
         if came not in (expected, load_mpi().UNDEFINED):
             raise self._mismatch(f"{came} of")
-        if not isinstance(self.array.flat, np.ndarray) and isinstance(self._memory, np.ndarray):
-            self.array.flat.set(self._memory)
-        self.array.commit()
+        with self.messages.putting(self.array):
+            if on_device(self.array.flat) and not on_device(self._memory):
+                assign(self.array.flat, self._memory)
+            self.array.commit()
 
     def _mismatch(self, came: str) -> MismatchError:
         return MismatchError(
@@ -208,7 +210,9 @@ class Messages:
     ) -> Message:
         """Start to receive into the array, from ``source`` (None: from any rank)."""
         memory = array.flat
-        if not isinstance(memory, np.ndarray) and not self._cuda_aware:
+        if on_device(memory):
+            self._device.settle(memory)  # what is queued on it comes before what MPI writes
+        if on_device(memory) and not self._cuda_aware:
             memory = np.empty(array.flat.shape, array.dtype)
         any_source, any_tag = self._mpi.ANY_SOURCE, self._mpi.ANY_TAG
         request = self._start(
@@ -227,6 +231,16 @@ class Messages:
         with self._lock:
             self._received[source] += 1
         return source
+
+    @contextmanager
+    def putting(self, array: OpenArray) -> Iterator[None]:
+        """Around what puts a message into its array: it is there afterwards, for every stream."""
+        if not on_device(array.array):
+            yield
+            return
+        with self._device.communicating():
+            yield
+            self._device.synchronize()
 
     def close(self) -> None:
         """Take what has been sent and not received, and receive nothing more. Collective.
@@ -277,7 +291,6 @@ class Messages:
             return array.flat
         if not self._cuda_aware:
             return self._device.to_host(array.flat)
-        self._device.wait(self._device.record())
         self._device.settle(array.flat)
         return array.flat
 

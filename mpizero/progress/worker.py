@@ -3,7 +3,9 @@
 That order is the same on every rank (each submits the same operations), so operations match
 without names or negotiation. With a thread, communication overlaps compute. Without one, the
 operations run when the first handle is waited for: where every core is busy computing, a thread
-that spins in MPI would only take cycles away.
+that spins in MPI would only take cycles away. But what a rank has submitted must not wait for what
+the rank itself waits for: another rank may need the one before it does its part of the other. So
+when a thread waits, for another World's operations or for long, a thread gets what is pending.
 """
 
 from __future__ import annotations
@@ -17,14 +19,28 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mpizero.diagnostics import Lane, recorded, serve
+from mpizero.diagnostics import Lane, recorded, serve, when_late
 from mpizero.errors import ArgumentError
-from mpizero.progress.handle import Handle
+from mpizero.progress.handle import Handle, Order
 from mpizero.world import shared_cores
 from mpizero.world.group import Group
 
 # Whose World has been let go of, while something was under way.
 _leaving: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+# That have operations which nobody carries out yet.
+_idle: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def hand_over(but: Worker | None = None) -> None:
+    """The program waits: whatever is pending goes on beside it, where MPI allows that."""
+    for worker in [*_idle]:
+        if worker is not but:
+            worker.hand_over()
+
+
+when_late(hand_over)
 
 
 def finish_what_was_left() -> None:
@@ -70,11 +86,15 @@ class Worker:
         waiting: Lane,
         in_order: bool,
         has_core: bool,
+        may_thread: bool = False,
     ) -> None:
         self.threaded = threaded
+        self._may_thread = may_thread
+        self._has_thread = threaded  # or has got one since
         self._has_core = has_core  # the thread, beside the compute
         self._in_order = in_order
-        self._turn = threading.Lock()  # held by the thread that carries operations out
+        # Held by the thread that carries operations out; what it carries out may call for others.
+        self._turn = threading.RLock()
         self._unfinished: set[Handle] = set()
         self._on_start = on_start
         self._waiting = waiting
@@ -82,17 +102,33 @@ class Worker:
         self._submitted: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._pending: deque[Handle] = deque()
 
-    def submit(self, work: Callable[[], Any], what: str) -> Handle:
+    def submit(self, work: Callable[[], Any], what: str, order: Order | None = None) -> Handle:
         """Queue ``work``, which is described by ``what``, and return its handle."""
-        handle = Handle(work, self._advance, self._block, what)
+        handle = Handle(work, self._advance, self._block, what, order)
         if self._in_order:
             self._unfinished.add(handle)
-        if self.threaded:
+        if self._has_thread:
             self._start()
             self._submitted.put(handle)
         else:
             self._pending.append(handle)
+            _idle.add(self)
         return handle
+
+    def hand_over(self) -> None:
+        """From here on a thread carries operations out, those that are pending first."""
+        if not self._may_thread or self._has_thread or not self._pending:
+            return
+        self._has_thread = True
+        _idle.discard(self)
+        while (handle := self._next_pending()) is not None:
+            self._submitted.put(handle)
+        self._start()
+
+    def _next_pending(self) -> Handle | None:
+        with suppress(IndexError):
+            return self._pending.popleft()
+        return None
 
     def take_turn(self) -> bool:
         """For a blocking operation between asynchronous ones: may it be carried out at once?
@@ -118,8 +154,8 @@ class Worker:
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""
-        while self._pending:
-            self._run(self._pending.popleft())
+        while self._run_next():
+            pass
         if self._thread is not None:
             self._submitted.put(None)
             self._thread.join()
@@ -167,9 +203,6 @@ class Worker:
             shared_cores.leave()
 
     def _run(self, handle: Handle) -> None:
-        if not self._in_order:
-            handle.run()
-            return
         try:
             with self._turn:
                 handle.run()
@@ -192,6 +225,17 @@ class Worker:
         """Without a thread: carry out everything up to ``wanted``."""
         if not self._pending or wanted._finished.is_set():
             return
+        hand_over(but=self)
         with recorded(self._waiting, f"waiting for {wanted.what}"):
-            while self._pending and not wanted._finished.is_set():
-                self._run(self._pending.popleft())
+            while not wanted._finished.is_set() and self._run_next():
+                pass
+
+    def _run_next(self) -> bool:
+        """Carry the first one out that is pending, if there is one."""
+        with self._turn:  # so that what is taken first is carried out first, whoever takes it
+            handle = self._next_pending()
+            if not self._pending:
+                _idle.discard(self)
+            if handle is not None:
+                self._run(handle)
+        return handle is not None

@@ -71,9 +71,14 @@ def _narrow_bfloat16(wide: Any, out: Any) -> None:
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
+    not_a_number = np.isnan(wide)  # rounding could carry a NaN over into infinity
+    if not isinstance(wide, np.ndarray):  # to ask whether there is any, the host would have to wait
+        rounded *= np.logical_not(not_a_number)
+        rounded += not_a_number * np.uint32(0x7FC0)
+        out.view(np.uint16)[...] = rounded
+        return
     out.view(np.uint16)[...] = rounded
-    not_a_number = np.isnan(wide)
-    if not_a_number.any():  # rounding could carry a NaN over into infinity
+    if not_a_number.any():
         out.view(np.uint16)[not_a_number] = 0x7FC0
 
 

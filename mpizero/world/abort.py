@@ -7,11 +7,11 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 
 from __future__ import annotations
 
-import builtins
+import ctypes
+import gc
 import io
 import os
 import sys
-import threading
 import time
 import traceback
 from contextlib import suppress
@@ -46,9 +46,17 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
     _installed = True
     python_excepthook = sys.excepthook
 
+    own_process = os.getpid()
+
     def end_job(
         kind: type[BaseException], error: BaseException, where: TracebackType | None
     ) -> None:
+        if os.getpid() != own_process:  # a forked child's error is its own
+            python_excepthook(kind, error, where)
+            return
+        if _program_goes_on():
+            _report(comm.rank, kind, error, where)
+            return
         if issubclass(kind, KeyboardInterrupt):  # Ctrl-C reaches every rank; the launcher ends all
             python_excepthook(kind, error, where)
         else:
@@ -97,6 +105,17 @@ def expect_exit(status: int) -> None:
     _expected_status = status
 
 
+def _program_goes_on() -> bool:
+    """Has the program itself called the hook, as an interactive shell does to show an error?
+
+    When the program has died of an error nothing is left of it but hooks.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == "<module>" or frame.f_globals.get("__name__") == "runpy"
+
+
 def _end_all(comm: MPI.Intracomm, status: int) -> None:
     survives = lifeline()
     if survives is not None:
@@ -119,21 +138,30 @@ def _report(
 
 
 def _watch_exit_status() -> None:
-    """Remember the status given to ``sys.exit``.
+    """Remember the status that a SystemExit ends the interpreter with.
 
-    SystemExit passes no hook, and at exit Python no longer tells the status; wrapping the
-    function is the only way to know it there.
+    It passes no hook, however it has been raised, and at exit Python no longer tells the status.
+    But the interpreter asks the exception for its ``code``, and a handler that catches it (a shell
+    for notebooks, a debugger) asks from Python code, if at all. So ``code`` is looked up by us. The
+    class is of C: its attributes are to be had by way of what its read-only dictionary refers to.
     """
+    stock = SystemExit.__dict__["code"]
+    attributes = gc.get_referents(SystemExit.__dict__)[0]
 
-    def exit_and_remember(status: Any = None, /) -> NoReturn:
-        # Python ends a thread on SystemExit itself, but prints a subclass of it.
-        on_main = threading.current_thread() is threading.main_thread()
-        raise (_Exit if on_main else SystemExit)(status)
+    def code(error: SystemExit) -> Any:
+        global _exit_status
+        status = stock.__get__(error)
+        if sys._getframe().f_back is None:  # asked by no Python code: nobody has caught it
+            _exit_status = _as_number(status)
+        return status
 
-    sys.exit = exit_and_remember
-    for name in ("exit", "quit"):  # site's, which raise SystemExit themselves
-        if hasattr(builtins, name):
-            setattr(builtins, name, exit_and_remember)
+    attributes["code"] = property(code, stock.__set__, stock.__delete__, stock.__doc__)
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))  # which remembers look-ups
+
+    def leave(status: Any = None, /) -> NoReturn:
+        raise SystemExit(status)
+
+    sys.exit = leave  # of C: up to Python 3.11 there is no exception yet to ask, only the status
 
 
 def _watch_quick_exit(comm: MPI.Intracomm) -> None:
@@ -151,18 +179,6 @@ def _watch_quick_exit(comm: MPI.Intracomm) -> None:
         leave(status)
 
     os._exit = end_job
-
-
-class _Exit(SystemExit):
-    """A SystemExit that knows when the interpreter, not a handler, asks for its status."""
-
-    @property
-    def code(self) -> Any:  # type: ignore[override]
-        global _exit_status
-        status = self.args[0]
-        if sys._getframe().f_back is None:  # asked by no Python code: nobody has caught it
-            _exit_status = _as_number(status)
-        return status
 
 
 def _as_number(status: Any) -> int:

@@ -2,8 +2,9 @@
 
 CuPy is looked for, never required, and imported only if it is there. MPI knows nothing of CUDA
 streams: it reads and writes memory when it is called. So the thread that submits a collective
-records an event on the stream that fills the array, and the thread that communicates waits for
-that event before it lets MPI (or a staging copy) touch the array.
+records an event on the stream that fills the array, and the stream on which the collective's
+kernels run follows it. Only where the host itself touches memory (MPI, a staging copy) a thread
+waits. ``mpizero.memory.order`` puts these together.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -58,21 +59,48 @@ class Device(ABC):
         """Block until what ``event`` marks is done; None marks nothing."""
 
     @abstractmethod
+    def follow(self, event: Any, stream: int | None = None) -> None:
+        """Let what is queued from now on run after what ``event`` marks. Does not block.
+
+        On CuPy's current stream, or on the raw ``stream``, which is of this device.
+        """
+
+    @abstractmethod
+    def is_done(self, event: Any) -> bool:
+        """Is what ``event`` marks done? Does not block."""
+
+    @abstractmethod
+    def keep(self, event: Any, owners: Sequence[object]) -> None:
+        """Let ``owners`` of memory live until what ``event`` marks is done."""
+
+    @abstractmethod
     def activate(self) -> None:
         """Make this the calling thread's device: CUDA's current device is per thread."""
 
     @abstractmethod
-    def communicating(self) -> AbstractContextManager[None]:
-        """Inside, this is the thread's device, and its kernels run on the communication stream."""
+    def using(self, stream: int | None) -> AbstractContextManager[None]:
+        """Inside, this thread's kernels run on the raw ``stream``; None: on CuPy's current one."""
+
+    @abstractmethod
+    def new_stream(self) -> Any:
+        """A stream on which the kernels of collectives are to run, for ``communicating``."""
+
+    @abstractmethod
+    def current_stream(self) -> Any:
+        """CuPy's current stream of this thread, for ``communicating``."""
+
+    @abstractmethod
+    def communicating(self, stream: Any = None) -> AbstractContextManager[None]:
+        """Inside, this is the thread's device, and its kernels run on a communication stream."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Block until the communication streams are quiet (compute streams go on)."""
+        """Block until the communication streams are quiet, and this thread's current one."""
 
     def settle(self, *arrays: object) -> None:
         """Before MPI is handed ``arrays``: finish the kernels that still write or read them.
 
-        Those of a collective run on the communication stream; the caller's were waited for before.
+        Those of a collective run on the current stream, which follows the caller's.
         """
         if any(self.is_device_array(array) for array in arrays):
             self.synchronize()
@@ -112,10 +140,28 @@ class HostDevice(Device):
     def wait(self, event: Any) -> None:
         pass
 
+    def follow(self, event: Any, stream: int | None = None) -> None:
+        pass
+
+    def is_done(self, event: Any) -> bool:
+        return True
+
+    def keep(self, event: Any, owners: Sequence[object]) -> None:
+        pass
+
     def activate(self) -> None:
         pass
 
-    def communicating(self) -> AbstractContextManager[None]:
+    def using(self, stream: int | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def new_stream(self) -> Any:
+        return None
+
+    def current_stream(self) -> Any:
+        return None
+
+    def communicating(self, stream: Any = None) -> AbstractContextManager[None]:
         return nullcontext()
 
     def synchronize(self) -> None:
@@ -151,6 +197,8 @@ class CudaDevice(Device):
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._idle: defaultdict[int, list[Any]] = defaultdict(list)
         self._lock = threading.Lock()
+        # Events, and who must live until they are done, in the order in which they were recorded.
+        self._kept: deque[tuple[Any, Sequence[object]]] = deque()
 
     def check(self, array: Any, function: str, argument: str) -> None:
         if isinstance(array, self._cupy.ndarray) and array.device.id != self.index:
@@ -172,18 +220,84 @@ class CudaDevice(Device):
         if event is not None:
             event.synchronize()
 
+    def follow(self, event: Any, stream: int | None = None) -> None:
+        if event is None:
+            return
+        with self._handle:
+            if stream is None:
+                stream = self._cupy.cuda.get_current_stream().ptr
+            self._runtime.streamWaitEvent(stream, event.ptr)
+
+    def is_done(self, event: Any) -> bool:
+        return event is None or bool(event.done)
+
+    def keep(self, event: Any, owners: Sequence[object]) -> None:
+        done = []
+        with self._lock:
+            self._kept.append((event, owners))
+            while self._kept[0][0].done:
+                done.append(self._kept.popleft())
+                if not self._kept:
+                    break
+        del done  # outside of the lock: memory is freed here, which may take other locks
+
     def activate(self) -> None:
         self._handle.use()
 
     @contextmanager
-    def communicating(self) -> Iterator[None]:
-        with self._handle, self._stream:
+    def using(self, stream: int | None) -> Iterator[None]:
+        with self._handle:
+            if stream is None:
+                yield
+                return
+            with self._external(stream):
+                yield
+
+    def new_stream(self) -> Any:
+        with self._handle:
+            return self._cupy.cuda.Stream(non_blocking=True)
+
+    def current_stream(self) -> Any:
+        with self._handle:
+            return self._cupy.cuda.get_current_stream()
+
+    @contextmanager
+    def communicating(self, stream: Any = None) -> Iterator[None]:
+        with self._handle, stream or self._stream:
             yield
 
     def synchronize(self) -> None:
         with self._handle:
-            for stream in (self._stream, self._uploads):
-                self.wait(self._mark(stream.ptr))
+            current = self._cupy.cuda.get_current_stream().ptr
+            for stream in {current, self._stream.ptr, self._uploads.ptr}:
+                self.wait(self._mark(stream))
+
+    def finish(self) -> None:
+        """Block until everything that has been queued on this device, by anybody, is done."""
+        with self._handle:
+            self._handle.synchronize()
+
+    @property
+    def nccl(self) -> Any:
+        """CuPy's module of NCCL; None where there is no NCCL."""
+        found = getattr(self._cupy.cuda, "nccl", None)
+        if found is None:
+            try:
+                found = importlib.import_module("cupy.cuda.nccl")
+            except ImportError:
+                return None
+        return found if found.available else None
+
+    @property
+    def bus_id(self) -> str:
+        """Where the GPU is plugged in: what tells it from the others of its host."""
+        return str(self._handle.pci_bus_id)
+
+    def _external(self, stream: int) -> Any:
+        """Another library's stream as CuPy's."""
+        if hasattr(self._cupy.cuda.Stream, "from_external"):  # since CuPy 14
+            return self._cupy.cuda.Stream.from_external(_Foreign(stream))
+        return self._cupy.cuda.ExternalStream(stream, self.index)
 
     def empty(self, size: int, dtype: DTypeLike) -> Any:
         with self._handle:
@@ -248,6 +362,16 @@ class CudaDevice(Device):
                     places = into + row * into_pitch, source + row * source_pitch
                     self._runtime.memcpyAsync(*places, width, kind, stream.ptr)
             return self._mark(stream.ptr)
+
+
+class _Foreign:
+    """A raw stream, by the CUDA stream protocol."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._stream)
 
 
 def import_cupy() -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpizero.errors import LaunchError
+from mpizero.world import variables
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Launch:
     rank: int
     size: int | None
     local_rank: int | None
+    local_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class _Variables:
     rank: str
     size: str
     local_rank: str
+    local_size: str = ""
 
 
 # The first whose rank (or size) is set wins: what started the process last stands first, so that
@@ -39,16 +42,24 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     _Variables(
         "MVAPICH's launcher",
         "MV2_COMM_WORLD_RANK",
         "MV2_COMM_WORLD_SIZE",
         "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
-    _Variables("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
-    _Variables("PALS' mpiexec", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID"),
-    _Variables("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _Variables(
+        "jsrun",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+    ),
+    _Variables("PALS' mpiexec", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    _Variables("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     _Variables("a Slurm allocation", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     _Variables("a PMIx launcher", "PMIX_RANK", "", ""),
@@ -92,8 +103,9 @@ def foreign_launch(environ: Mapping[str, str], launch: Launch | None) -> Launch 
     """Who has started several processes without MPI, this one among them; None if nobody has.
 
     ``launch``: what ``read_launch`` says. Where an mpirun has started this process alone, RANK and
-    WORLD_SIZE are left over from something else.
+    WORLD_SIZE are left over from something else. What a rank has set for itself is nobody's.
     """
+    environ = variables.others(environ)
     for names in _FOREIGN:
         rank, size = _number(environ, names.rank), _number(environ, names.size)
         if rank is None or size is None or size < 2 or rank >= size:
@@ -114,8 +126,27 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
         local = _number(environ, names.local_rank)
         if local is None:  # srun --mpi=pmi2 sets PMI_RANK, but the local rank is Slurm's to tell
             local = _number(environ, "SLURM_LOCALID")
-        return Launch(names.launcher, rank or 0, size, local)
+        return Launch(names.launcher, rank or 0, size, local, _number(environ, names.local_size))
     return None
+
+
+def ranks_can_be_told(launch: Launch | None, environ: Mapping[str, str]) -> bool:
+    """Is this process one of the ranks that ``launch`` speaks of, as far as can be seen here?
+
+    A batch script in an allocation is not, nor what another launcher has started from a rank.
+    """
+    return (
+        launch is not None
+        and launch.size is not None
+        and launch.launcher != "a Slurm allocation"
+        and not _marked(environ)
+    )
+
+
+def _marked(environ: Mapping[str, str]) -> bool:
+    """Has a launcher without MPI given this process a rank, and left what it alone sets?"""
+    given = variables.others(environ)
+    return any(names.mark in given and names.rank in given for names in _FOREIGN if names.mark)
 
 
 def refuse_singleton(launch: Launch | None, environ: Mapping[str, str], library: str) -> None:

@@ -31,6 +31,11 @@ def node_comm_of(comm: MPI.Intracomm, job_ranks: Sequence[int]) -> MPI.Intracomm
     """
     mpi = load_mpi()
     node: MPI.Intracomm = track(comm.Split_type(mpi.COMM_TYPE_SHARED, key=comm.rank))
+    ours = [rank for rank, of_job in enumerate(job_ranks) if of_job != mpi.UNDEFINED]
+    if len(ours) < comm.size:
+        # Ranks of several jobs that have been merged (MPI_Comm_spawn, for instance): MPICH says
+        # that they share a node, and refuses them memory in common.
+        node = _part(node, ours[0])
     everyones: list[tuple[str, str]] = comm.allgather(_pretended(os.environ))
     if len(set(everyones)) > 1:
         raise _differ(everyones, comm.rank)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from mpizero_torch.distributed.process_group import MpiProcessGroup
 from mpizero_torch.distributed.registration import BACKEND, register
+from mpizero_torch.who import say_from_launcher
 
 __all__ = ["BACKEND", "MpiProcessGroup"]
 
 register()
+say_from_launcher("import mpizero_torch.distributed")

@@ -17,11 +17,9 @@ _DIRECT = frozenset(
 
 
 def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as an array. Kernels that fill device memory are waited for."""
+    """The tensor's memory as an array. On a device, CuPy's current stream follows torch's."""
     if tensor.is_cpu and tensor.dtype in _DIRECT and not tensor.requires_grad:
         return tensor.numpy()
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
     return as_array(tensor.resolve_conj().resolve_neg())
 
 

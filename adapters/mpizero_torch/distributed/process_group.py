@@ -28,7 +28,8 @@ _DEVICES = [torch.device("cpu"), torch.device("cuda")]
 class MpiProcessGroup(ReducingCalls, MovingCalls):
     """Ranks of the job as torch's process group.
 
-    ``world``: the ranks, whose calls must be in order; it is the group's own.
+    ``world``: the ranks, whose calls must be in order; it is the group's own. Collectives come from
+    one thread at a time, others are refused; messages, and waiting for works, from any.
     """
 
     def __init__(self, world: World, store: Any, timeout: timedelta, name: str) -> None:

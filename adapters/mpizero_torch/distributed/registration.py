@@ -12,8 +12,10 @@ from urllib.parse import parse_qs, urlparse
 import torch.distributed as dist
 
 from mpizero import LaunchError
+from mpizero.world.variables import ADDRESS, own
 from mpizero_torch import runtime
 from mpizero_torch.distributed.c10d import distributed_c10d, rendezvous
+from mpizero_torch.distributed.choosing import make_default, takes_all
 from mpizero_torch.distributed.process_group import MpiProcessGroup
 from mpizero_torch.distributed.store import store_of
 
@@ -25,6 +27,7 @@ def register() -> None:
     if BACKEND in dist.Backend.backend_list:
         return
     dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
+    make_default(BACKEND)
     handlers: dict[str, Any] = rendezvous["_rendezvous_handlers"]
     handlers["env"] = _through_mpi_or(handlers["env"])
     ours = _with_ours(distributed_c10d.monitored_barrier)
@@ -57,10 +60,11 @@ def _through_mpi_or(stock: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
     def from_environment(
         url: str, timeout: timedelta = rendezvous["default_pg_timeout"], **options: Any
     ) -> Iterator[Any]:
+        is_ours = own(os.environ).keys() >= {*ADDRESS}
         # A port alone is left over from something else: torch could do nothing with it.
-        if os.environ.get("MASTER_ADDR"):
-            return stock(url, timeout=timeout, **options)
-        return _through_mpi(url, timeout)
+        if not os.environ.get("MASTER_ADDR") or is_ours or takes_all():
+            return _through_mpi(url, timeout)
+        return stock(url, timeout=timeout, **options)
 
     return from_environment
 

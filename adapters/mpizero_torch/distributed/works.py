@@ -74,6 +74,9 @@ class PendingWork(WorkBase):  # type: ignore[misc]
         self._future: Any = None
         self._then: Callable[[], None] | None = None
         self._sender = -1
+        # Results on a GPU are put in their places on the stream of whoever waits first.
+        self._device = next((each.device for each in result if each.is_cuda), None)
+        self._event: Any = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait for them; raise what they raise, and RuntimeError when the time is up."""
@@ -82,12 +85,14 @@ class PendingWork(WorkBase):  # type: ignore[misc]
         self._complete()
         if self._error is not None:
             raise self._error
+        if self._event is not None:  # who waits second, perhaps on another stream, comes after, too
+            self._event.wait(torch.cuda.current_stream(self._device))
         return True
 
     def is_completed(self) -> bool:
         if not self._finished and all(handle.done() for handle in self._handles):
             self._complete()
-        return self._finished
+        return self._finished and (self._event is None or self._event.query())
 
     def is_success(self) -> bool:
         return self.is_completed() and self._error is None
@@ -140,6 +145,8 @@ class PendingWork(WorkBase):  # type: ignore[misc]
                         self._sender = given
                 if self._finish is not None:
                     self._finish()
+                if self._device is not None:
+                    self._event = torch.cuda.current_stream(self._device).record_event()
             except Exception as error:
                 self._error = error
             self._handles, self._finish = (), None
@@ -150,6 +157,8 @@ class PendingWork(WorkBase):  # type: ignore[misc]
 
     def _fulfil(self) -> None:
         self._complete()
+        if self._event is not None:  # nobody knows on which stream the future's value is used
+            self._event.synchronize()
         self._set_future()
 
     def _set_future(self) -> None:

@@ -2,11 +2,13 @@
 
     import mpizero_torch.horovod as hvd      # was: import horovod.torch as hvd
 
-Names, arguments and meaning are those that Horovod's documentation gives (version 0.28).
+Names, arguments and meaning are those that Horovod's documentation gives (version 0.28). Operations
+may be submitted and waited for from several threads, where they have names.
 """
 
 from __future__ import annotations
 
+from mpizero import RankDiedError as HorovodInternalError  # what a recoverable failure is
 from mpizero_torch.horovod import elastic
 from mpizero_torch.horovod.allgather import (
     allgather,
@@ -89,6 +91,7 @@ from mpizero_torch.horovod.reducescatter import (
     reducescatter_async,
 )
 from mpizero_torch.horovod.sparse import sparse_allreduce_async
+from mpizero_torch.horovod.timeline import start_timeline, stop_timeline
 from mpizero_torch.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -96,6 +99,7 @@ __all__ = [
     "Average",
     "Compression",
     "DistributedOptimizer",
+    "HorovodInternalError",
     "Max",
     "Min",
     "ProcessSet",
@@ -159,5 +163,7 @@ __all__ = [
     "shutdown",
     "size",
     "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
     "synchronize",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpizero import World
-from mpizero_torch.horovod.negotiation import Handle, stand_in
+from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import Average, checked_tensors, forms
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
 from mpizero_torch.horovod.reduce import Reduction, submit_allreduce
@@ -93,14 +93,6 @@ def gather_rows(world: World, tensor: torch.Tensor) -> torch.Tensor:
     if world.size == 1:
         return tensor.clone()
     return as_tensor(world.allgather_uneven(tensor))
-
-
-def _stand_in(world: World, name: str, told: Any) -> None:
-    """A rank that has joined has no rows."""
-    _gather(world, [torch.zeros((0, *rest), dtype=d, device=device) for d, rest, device in told])
-
-
-stand_in(ALLGATHER, _stand_in)
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,8 @@ def allreduce(
 ) -> torch.Tensor:
     """The tensor combined over all ranks, element by element, as a new tensor.
 
-    ``op``: Average (the default; of integers it is rounded down), Sum, Min, Max, Product or Adasum.
-    ``average`` is its older form. ``prescale_factor`` multiplies the tensor before, and
+    ``op``: Average (the default; of integers it is cut towards zero), Sum, Min, Max, Product or
+    Adasum. ``average`` is its older form. ``prescale_factor`` multiplies the tensor before, and
     ``postscale_factor`` after. ``compression`` is what it travels as. ``name`` is what the ranks
     find it by if they call their operations in different orders.
 

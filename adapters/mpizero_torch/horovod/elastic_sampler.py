@@ -23,16 +23,19 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         self.shuffle, self.seed = shuffle, seed
         self.epoch = 0
         self.processed_indices: set[int] = set()
+        self.processed_num = 0  # by all ranks, as far as `record_batch` tells
         self.reset()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch, with another order and all samples."""
         self.epoch = epoch
         self.processed_indices = set()
+        self.processed_num = 0
         self.reset()
 
     def record_batch(self, batch_idx: int, batch_size: int) -> None:
         """The batch of this number, since the last reset, has been trained on."""
+        self.processed_num += batch_size * self.num_replicas
         start = batch_idx * batch_size
         self.record_indices(self.indices[start : start + batch_size])
 
@@ -51,12 +54,17 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and what this rank has recorded of it."""
-        return {"epoch": self.epoch, "processed_indices": set(self.processed_indices)}
+        return {
+            "epoch": self.epoch,
+            "processed_indices": set(self.processed_indices),
+            "processed_num": self.processed_num,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict()`` was called."""
         self.epoch = state_dict["epoch"]
         self.processed_indices = set(state_dict["processed_indices"])
+        self.processed_num = state_dict.get("processed_num", len(self.processed_indices))
         self.reset()
 
     def take_over(self, everyones: Sequence[dict[str, Any]]) -> None:

@@ -59,6 +59,8 @@ class Gradients:
         own = getattr(compression.compress, "__func__", None)
         self._converts = own is getattr(Compressor.compress, "__func__", None)
         self._hooks: list[Any] = []
+        # Of gradients that were sparse and have been made dense: how many dimensions were.
+        self._sparse_dims: dict[int, int] = {}
         self._named: list[tuple[str, nn.Parameter]] = []
         self._lane = take_lane(process_set.world)
         self._world = self._lane.world
@@ -183,20 +185,23 @@ class Gradients:
                 self._buckets.take_over(anywhere)
         if loose:
             self._reduce_loose(loose)
+        if not joined:
+            self._give_back_sparse()
         self._came = [0] * len(self._named)
         self._arrivals = []
 
     def _sort_out(self) -> None:
         """The first time: which gradients are sparse on any rank? The others get buckets."""
-        mine = set()
-        if not self._sparse_as_dense:
-            mine = {
-                index
-                for index in range(len(self._named))
-                if (gradient := self._gradient(index)) is not None and gradient.is_sparse
-            }
-        everyones = self._world.gather_objects(mine)
-        self._loose = set.union(*everyones)
+        mine = {
+            index: parameter.grad.sparse_dim()
+            for index, (_, parameter) in enumerate(self._named)
+            if parameter.grad is not None and parameter.grad.is_sparse
+        }
+        everyones: list[dict[int, int]] = self._world.gather_objects(mine)
+        dims = {index: each[index] for each in everyones for index in each}
+        self._loose = set() if self._sparse_as_dense else set(dims)
+        if self._sparse_as_dense:
+            self._sparse_dims = {id(self._named[index][1]): dim for index, dim in dims.items()}
         if not self._converts:
             self._loose = set(range(len(self._named)))
         self._dense = [i for i in range(len(self._named)) if i not in self._loose]
@@ -288,8 +293,17 @@ class Gradients:
     def _gradient(self, index: int) -> torch.Tensor | None:
         parameter = self._named[index][1]
         if self._sparse_as_dense and parameter.grad is not None and parameter.grad.is_sparse:
+            self._sparse_dims[id(parameter)] = parameter.grad.sparse_dim()
             parameter.grad = parameter.grad.to_dense()
         return parameter.grad
+
+    @torch.no_grad()
+    def _give_back_sparse(self) -> None:
+        """Optimizers of sparse gradients want those that were made dense as they were."""
+        for _, parameter in self._named:
+            dims = self._sparse_dims.get(id(parameter))
+            if dims is not None and parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_sparse(dims)
 
 
 def _stand_in(world: World, name: str, told: Any) -> None:

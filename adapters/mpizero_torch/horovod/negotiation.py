@@ -7,6 +7,10 @@ three numbers. A rank whose operation was not among those enters the next round;
 waits and there is nothing that all have, waiting would be for ever, and is an error that names who
 has submitted what.
 
+Several threads of a rank may submit operations and wait for them. One of those that wait takes part
+in the rounds for all. A rank with a thread that does something else may submit more, so that nobody
+says then that there is nothing which all have, before the time is up that a call may wait.
+
 A rank that has joined takes part in the others' rounds, and in their reductions with what changes
 nothing.
 """
@@ -14,13 +18,18 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from mpizero import ArgumentError, MismatchError, World
+from mpizero import ArgumentError, LaunchError, MismatchError, World
+from mpizero.diagnostics import in_order, waits_for_at_most
+from mpizero.diagnostics.threads import of_program
 from mpizero.errors import in_words
 
 # What a rank that has joined does for an operation of the others': by kind; given the operation's
@@ -51,6 +60,7 @@ class Handle:
         self._result: Any = None
         self._error: Exception | None = None
         self._negotiation: Negotiation | None = None
+        self._asked = False
         self._make: Callable[[Any], Any] = lambda result: result
 
     @property
@@ -82,10 +92,16 @@ class Handle:
             raise self._error
         return self._make(self._result)
 
+    __call__ = wait  # as what Horovod's sparse_allreduce_async returns
+
     def poll(self) -> bool:
-        """True once it has been carried out; if the others are there, that is done here."""
+        """True once it has been carried out: False at first, later done here with the others."""
         if not self.done and self._negotiation is not None:
-            self._negotiation.round(waiting=False)
+            if self._asked:
+                self._negotiation.take_part(self)
+            else:  # just submitted: it is under way, and the program has something else to do
+                self._asked = True
+                return False
         return self.done
 
     def then(self, make: Callable[[Any], Any]) -> Handle:
@@ -103,16 +119,36 @@ class Negotiation:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._funneled = world.size > 1 and world.thread_level in ("single", "funneled")
+        self._timeout = waits_for_at_most()
         self._pending: dict[tuple[str, str], Handle] = {}
         self._unnamed: dict[str, int] = {}
         self._rounds = 0  # of all ranks the same
         self._joined_at: int | None = None
+        self._free = threading.Condition()  # guards all of this, and tells who waits of a round
+        self._taken = False  # a thread takes part in a round
+        self._waits: set[int] = set()  # the threads that do nothing else
+        self._namers: dict[str, weakref.ref[threading.Thread]] = {}
 
     def name(self, kind: str, name: str | None) -> str:
-        """The name, or one made of the kind and how many had none before."""
+        """The name, or one made of the kind and how many had none before.
+
+        ArgumentError where two threads submit operations of a kind without names.
+        """
         if name is not None:
             return str(name)
-        self._unnamed[kind] = number = self._unnamed.get(kind, 0) + 1
+        me = threading.current_thread()
+        with self._free:
+            before = self._namers.setdefault(kind, weakref.ref(me))()
+            if before is not me and before is not None and before.is_alive():
+                raise ArgumentError(
+                    f"hvd.{kind}()", "name",
+                    f"None, in the thread {me.name!r}, beside the thread {before.name!r}",
+                    "a name of its own for each operation",
+                    "Without one, ranks could take one thread's operation for the other's.",
+                )  # fmt: skip
+            self._namers[kind] = weakref.ref(me)
+            self._unnamed[kind] = number = self._unnamed.get(kind, 0) + 1
         return f"{kind}.noname.{number}"
 
     @contextmanager
@@ -134,22 +170,67 @@ class Negotiation:
 
     def submit(self, handle: Handle) -> Handle:
         """Add an operation. ArgumentError if one of its name waits to be carried out."""
-        if handle.key in self._pending:
-            raise ArgumentError(
-                f"hvd.{handle.kind}()", "name", f"{handle.name!r}, which is under way already",
-                "another name, or the same after synchronize()",
-            )  # fmt: skip
-        if self._world.size == 1:
-            handle.carry_out(self._world)
-        else:
-            self._pending[handle.key] = handle
-            handle._negotiation = self
+        with self._free:
+            if handle.key in self._pending:
+                raise ArgumentError(
+                    f"hvd.{handle.kind}()", "name", f"{handle.name!r}, which is under way already",
+                    "another name, or the same after synchronize()",
+                )  # fmt: skip
+            if self._world.size > 1:
+                self._pending[handle.key] = handle
+                handle._negotiation = self
+                return handle
+        handle.carry_out(self._world)
         return handle
 
     def wait(self, handle: Handle) -> None:
-        """Take part in rounds until ``handle`` has been carried out."""
-        while not handle.done:
-            self.round()
+        """Take part in rounds until ``handle`` has been carried out.
+
+        LaunchError where MPI allows this thread no calls.
+        """
+        if self._funneled and threading.current_thread() is not threading.main_thread():
+            raise LaunchError(
+                f"hvd.{handle.kind}(): MPI has granted the thread level "
+                f"'{self._world.thread_level}', with which the main thread alone may wait."
+            )
+        me = threading.get_ident()
+        self._waits.add(me)
+        try:
+            begun, naps = time.monotonic(), 0
+            while not handle.done:
+                late = self._timeout is not None and time.monotonic() - begun > self._timeout
+                moved = self.take_part(handle, all_wait=late)
+                # Nothing has come of it: a thread, here or elsewhere, has to submit something.
+                naps = 0 if moved else naps + 1
+                if naps > 1:
+                    time.sleep(min(0.0005 * naps, 0.02))
+        finally:
+            self._waits.discard(me)
+
+    def take_part(self, handle: Handle, all_wait: bool | None = None) -> bool:
+        """In one round, or wait while another thread does; has anything been carried out?
+
+        ``all_wait``: no thread of this rank's will submit more before something is carried out;
+        None: it will.
+        """
+        with self._free:
+            while self._taken and not handle.done:
+                self._free.wait()
+            if handle.done:
+                return True
+            self._taken = True
+        try:
+            with in_order():
+                before = len(self._pending)
+                self.round(waiting=all_wait is not None and (all_wait or self._all_wait()))
+                return handle.done or len(self._pending) < before
+        finally:
+            with self._free:
+                self._taken = False
+                self._free.notify_all()
+
+    def _all_wait(self) -> bool:
+        return self._waits.issuperset(of_program())
 
     def join(self) -> int:
         """Take part in what the others do until all have joined; the rank that joined last."""
@@ -157,12 +238,20 @@ class Negotiation:
             self.wait(next(iter(self._pending.values())))
         if self._world.size == 1:
             return 0
+        with self._free:
+            while self._taken:
+                self._free.wait()
+            self._taken = True
         self._joined_at = self._rounds
         try:
-            while (last := self.round()) is None:
-                pass
+            with in_order():
+                while (last := self.round()) is None:
+                    pass
         finally:
             self._joined_at = None
+            with self._free:
+                self._taken = False
+                self._free.notify_all()
         self._unnamed.clear()  # who joined early has submitted less: numbers begin anew
         return last
 
@@ -173,7 +262,8 @@ class Negotiation:
         on to submit more, whatever comes of it.
         """
         self._rounds += 1
-        mine = list(self._pending.values())
+        with self._free:
+            mine = list(self._pending.values())
         number = _fingerprint(mine)
         extremes = np.array((number, -number, self._joined_at is not None), np.int64)
         try:
@@ -206,14 +296,16 @@ class Negotiation:
 
     def _carry_out(self, handles: Sequence[Handle]) -> None:
         for each in handles:
-            del self._pending[each.key]
+            with self._free:
+                del self._pending[each.key]
             each.carry_out(self._world)
 
     def _carry_out_one(
         self, key: tuple[str, str], forms: dict[int, str], told: Any, joined: Sequence[int]
     ) -> None:
         kind, name = key
-        mine = self._pending.pop(key, None)
+        with self._free:
+            mine = self._pending.pop(key, None)
         error: Exception | None = None
         if len(set(forms.values())) > 1 or any(map(_is_refusal, forms.values())):
             lines = "".join(f"\n  rank {rank}: {form}" for rank, form in forms.items())
@@ -221,8 +313,9 @@ class Negotiation:
             error.reported_elsewhere = self._world.rank != min(forms)
         elif joined and kind not in _stand_ins:
             error = MismatchError(
-                f"hvd.{kind} '{name}': ranks {list(joined)} have joined (hvd.join()), and can take "
-                f"part only in {', '.join(sorted(_stand_ins))}."
+                f"hvd.{kind} '{name}': {kind.capitalize()} is not supported with Join at this "
+                f"time. Ranks {list(joined)} have joined (hvd.join()), and can take part only in "
+                f"{', '.join(sorted(_stand_ins))}."
             )
         if mine is None:
             if error is None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpizero import ArgumentError, MpizeroError
+from mpizero import ArgumentError, MpizeroError, World
 from mpizero_torch.horovod.compression import Compression, Compressor
 from mpizero_torch.horovod.gradients import Gradients
+from mpizero_torch.horovod.negotiation import Handle
 from mpizero_torch.horovod.operations import Adasum, Average, ReduceOp, Sum
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
 from mpizero_torch.horovod.reduce import Reduction, submit_allreduce
@@ -20,6 +22,12 @@ Named = list[tuple[str, nn.Parameter]]
 Groups = int | Sequence[Sequence[nn.Parameter]] | None
 
 _NAME = "hvd.DistributedOptimizer()"
+
+_TWICE = (
+    "optimizer.step() called without optimizer.skip_synchronize() context after "
+    "optimizer.synchronize(). Gradients that have been reduced are not reduced again here; in "
+    "Horovod that would be done, and take time: put `with optimizer.skip_synchronize():` around it."
+)
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
@@ -51,14 +59,15 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
     gradient_predivide_factor : with Average, gradients are divided by it before they are summed,
         and the sum is divided by size over it.
     num_groups, groups : taken; gradients are reduced in buckets anyway.
-    sparse_as_dense : make sparse gradients dense; by default they are gathered.
+    sparse_as_dense : reduce sparse gradients as dense ones; by default they are gathered. The
+        optimizer gets sparse ones back.
     process_set : the ranks that train together; on others this is a plain optimizer.
 
     Collective. Raises ArgumentError for names that are doubled or missing, and for options that do
     not go together; MismatchError if parameters differ between ranks.
     """
-    takes_part = process_set.included()
-    with process_set.world.together(_NAME) if takes_part else nullcontext():
+
+    def make() -> Any:
         _check(op, gradient_predivide_factor, backward_passes_per_step, num_groups, groups)
         names = _names(optimizer, named_parameters)
         base = type(optimizer)
@@ -79,6 +88,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name for it)
             sparse_as_dense,
         )
         return new
+
+    def together(world: World) -> Any:
+        with world.together(_NAME):
+            return make()
+
+    if not process_set.included():
+        return make()
+    # By name, like all that the ranks do together: other threads may be at it, too.
+    negotiation = process_set.negotiation
+    name = negotiation.name("DistributedOptimizer", None)
+    return negotiation.submit(Handle("DistributedOptimizer", name, "an optimizer", together)).wait()
 
 
 class _Distributed(torch.optim.Optimizer):
@@ -179,8 +199,11 @@ class _Reduced(_Distributed):
 
         The gradients of a ``closure`` are reduced each time that it is called.
         """
-        if self._waits_in_step and closure is None and not self._has_reduced():
-            self.synchronize()
+        if self._waits_in_step and closure is None:
+            if self._is_reduced:
+                warnings.warn(_TWICE, stacklevel=2)
+            if not self._has_reduced():
+                self.synchronize()
         self._is_reduced = False
         if closure is None or not self._waits_in_step:
             return self._hvd_step(closure)

@@ -111,6 +111,13 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     if new.process_set_id is not None:
         raise ArgumentError(function, "process_set", f"{new}, registered already", "a new one")
     number = 1 + max(_registered)
+    for known, each in _registered.items():
+        # (Of all ranks there may be another: operations of two threads can be kept apart by sets.)
+        if known and new.ranks is not None and each.ranks == new.ranks:
+            raise ArgumentError(
+                function, "process_set", f"ranks {new.ranks}, of which set {known} is already",
+                "other ranks, or the ProcessSet that there is",
+            )  # fmt: skip
     if new.mpi_comm is not None:
         part = init(new.mpi_comm)
         of_job = {each: rank for rank, each in enumerate(world.job_ranks)}

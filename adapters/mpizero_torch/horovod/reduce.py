@@ -71,9 +71,26 @@ def reduce_(world: World, tensors: Sequence[torch.Tensor], reduction: Reduction)
         adasum_(world, tensors)
     else:
         for pack in packs(tensors):
-            _reduce_pack(world, pack, reduction.op)
+            _reduce_pack(world, pack, _carried_out(reduction, pack[0]))
     for each in tensors:
-        scale_(each, reduction.postscale)
+        scale_(each, _factor(reduction, each, world))
+
+
+def _carried_out(reduction: Reduction, tensor: torch.Tensor) -> str:
+    """The core's operation; the average of integers is their sum, scaled afterwards."""
+    is_sum = reduction.op is Average and _is_exact(tensor)
+    return Sum.value if is_sum else reduction.op.value
+
+
+def _factor(reduction: Reduction, tensor: torch.Tensor, world: World) -> float:
+    """By what the result of ``_carried_out`` is multiplied: as Horovod does it, all at once."""
+    if reduction.op is Average and _is_exact(tensor):
+        return reduction.postscale / world.size
+    return reduction.postscale
+
+
+def _is_exact(tensor: torch.Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
 def scale_(tensor: torch.Tensor, factor: float) -> None:
@@ -86,14 +103,11 @@ def scale_(tensor: torch.Tensor, factor: float) -> None:
         tensor.copy_((tensor.double() * factor).to(tensor.dtype))
 
 
-def _reduce_pack(world: World, pack: Sequence[torch.Tensor], op: ReduceOp) -> None:
+def _reduce_pack(world: World, pack: Sequence[torch.Tensor], op: str) -> None:
     if world.size == 1:
         return
     flat = pack[0] if len(pack) == 1 else torch.cat([each.reshape(-1) for each in pack])
-    is_exact = not (flat.dtype.is_floating_point or flat.dtype.is_complex)
-    world.allreduce(flat, "sum" if op is Average and is_exact else op.value)
-    if op is Average and is_exact:
-        flat.copy_(torch.div(flat, world.size, rounding_mode="floor"))
+    world.allreduce(flat, op)
     if len(pack) > 1:
         values = flat.split([each.numel() for each in pack])
         for each, value in zip(pack, values, strict=True):
@@ -134,12 +148,10 @@ def submit_reducescatter(
     """Submit the reduction of these tensors, of which each rank gets its part of the rows."""
     negotiation = process_set.negotiation
     for each in tensors:
-        if each.ndim == 0 or reduction.op is Adasum:
-            given = "Adasum" if each.ndim else "a tensor without dimensions"
+        if each.ndim == 0:
             raise ArgumentError(
-                "hvd.reducescatter()", "tensor" if each.ndim == 0 else "op", given,
-                "tensors with rows; Average, Sum, Min, Max or Product",
-            )  # fmt: skip
+                "hvd.reducescatter()", "tensor", "a tensor without dimensions", "tensors with rows"
+            )
     own = [each.detach().clone() for each in tensors]
 
     def work(world: World) -> list[torch.Tensor]:
@@ -163,6 +175,9 @@ def _reduce_scatter(world: World, tensor: torch.Tensor, reduction: Reduction) ->
     scale_(tensor, reduction.prescale)
     if world.size == 1:
         part = tensor
+    elif reduction.op is Adasum:  # goes by whole gradients: how long they are, and how they lie
+        adasum_(world, [tensor])
+        part = tensor.split(rows)[world.rank].clone()
     else:
         most = rows[0]
         if rows[-1] != most:  # all parts as long as the first; what they lack does not matter
@@ -171,14 +186,9 @@ def _reduce_scatter(world: World, tensor: torch.Tensor, reduction: Reduction) ->
                 place[: len(piece)].copy_(piece)
             tensor = padded.flatten(0, 1)
         part = tensor.new_empty((most, *tensor.shape[1:]))
-        op = reduction.op
-        is_exact = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-        name = "sum" if op is Average and is_exact else op.value
-        world.reduce_scatter(tensor, name, out=part)
-        if op is Average and is_exact:
-            part = torch.div(part, world.size, rounding_mode="floor")
+        world.reduce_scatter(tensor, _carried_out(reduction, tensor), out=part)
         part = part[: rows[world.rank]].clone() if rows[world.rank] < most else part
-    scale_(part, reduction.postscale)
+    scale_(part, _factor(reduction, part, world))
     return part
 
 

@@ -11,7 +11,7 @@ from mpizero import ArgumentError
 from mpizero_torch.horovod.allgather import submit_allgather
 from mpizero_torch.horovod.compression import Compression, Compressor
 from mpizero_torch.horovod.negotiation import Handle
-from mpizero_torch.horovod.operations import Average, ReduceOp, checked_tensors, chosen
+from mpizero_torch.horovod.operations import ReduceOp, Sum, checked_tensors, chosen
 from mpizero_torch.horovod.process_set import ProcessSet, global_process_set
 from mpizero_torch.horovod.reduce import (
     DIFFERENTIABLE,
@@ -35,10 +35,10 @@ def reducescatter(
 
     ``tensor``: shape (k, ...), the same on all ranks. Rank r gets the r-th part of the k rows; the
     first ranks get one row more where k is no multiple of the number of ranks. ``op``: Average (the
-    default), Sum, Min, Max or Product; the rest as in ``allreduce``.
+    default), Sum, Min, Max, Product or Adasum; the rest as in ``allreduce``.
 
-    A gradient flows back through Average and Sum: those of all ranks' parts, put together (and
-    divided by the number of ranks for Average).
+    A gradient flows back through Average and Sum: those of all ranks' parts, put together (for Sum
+    times the number of ranks, as Horovod's is).
     """
     [result] = grouped_reducescatter(
         [tensor], name, compression, op, process_set, prescale_factor, postscale_factor
@@ -124,8 +124,8 @@ class _ReduceScatter(torch.autograd.Function):
             )  # fmt: skip
         whole = submit_allgather([each.contiguous() for each in gradients], name, process_set)
         factor = reduction.prescale * reduction.postscale
-        if reduction.op is Average:
-            factor /= process_set.size()
+        if reduction.op is Sum:
+            factor *= process_set.size()
         results, _ = whole.wait()
         for each in results:
             scale_(each, factor)

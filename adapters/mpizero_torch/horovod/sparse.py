@@ -21,8 +21,8 @@ def sparse_allreduce_async(
 ) -> Handle:
     """Submit the Average (the default) or Sum of sparse COO tensors over the ranks.
 
-    ``synchronize(handle)`` returns it, as a new sparse tensor. The ranks' tensors may have any
-    number of elements in any places.
+    ``handle()``, or ``synchronize(handle)``, returns it, as a new sparse tensor. The ranks' tensors
+    may have any number of elements in any places.
     """
     function = "hvd.sparse_allreduce_async()"
     with process_set.negotiation.refusing(ALLGATHER, name):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpizero import World
+from mpizero.memory.order import on_host
 from mpizero.reduction.operation import SUM
 
 # Below 2^20 a number's square, summed over the ranks, is exact in float64.
@@ -29,7 +30,7 @@ def compare(world: World, digests: Sequence[int], description: str, where: str, 
     world.submit(
         f"{where}: comparing gradients and parameters",
         lambda run, parts: run.all_reduce(sums, SUM),
-        nbytes=sums.nbytes,
+        on_host(sums),
         sure=sure,
     ).wait()
     values, squares = sums.reshape(2, -1)

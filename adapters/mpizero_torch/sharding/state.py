@@ -97,7 +97,13 @@ class ShardedState:
                 self.device = parameter.device
         self._prepare, self._aside = prepare, aside
         self._units = list(unit_of)
-        self.memory = ParameterMemory(group, sharding.how, self._allocate, self._private)
+        self.memory = ParameterMemory(
+            group,
+            sharding.how,
+            self._allocate,
+            self._private,
+            lambda: tensors.current_stream(self.device),
+        )
         self.spaces: list[OwnSpace] = []
         self.space_of: dict[int, OwnSpace] = {}
         self._precision = sharding.precision
