@@ -105,7 +105,7 @@ $(MPICH)/.docs-installed: $(MPICH)/.demo-installed
 
 $(MPICH)/.dev-installed: $(NEEDS)
 	$(call create_environment,$(MPICH))
-	@$(call pip_install,$(MPICH)) --no-build-isolation -e '.[demo,dev,frameworks,mpich]'
+	@$(call pip_install,$(MPICH)) --no-build-isolation -e '.[demo,dev,frameworks,jax,mpich]'
 	@touch $(MPICH)/.demo-installed $@
 
 # Installing the project writes build files into this folder, so the environments take turns at
