@@ -309,7 +309,8 @@ def _compare(
         update_by <= bounds.update,
         tuple(others),
     )
-    everyones: list[StageResult] = world.gather_objects(mine)  # replicas may differ on one rank alone
+    # Replicas may differ on one rank alone.
+    everyones: list[StageResult] = world.gather_objects(mine)
     return next((each for each in everyones if not each.ok), everyones[0])
 
 
