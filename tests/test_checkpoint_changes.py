@@ -86,6 +86,7 @@ def test_groups_that_were_added_are_saved(folder: Path, way: dict[str, Any]) -> 
         if way["stage"] == 0:
             return model, optimizer
         train(model, optimizer)
+        model.zero_grad()  # those that were in no group have their own rank's
         optimizer.add_param_group({"params": list(net.body.parameters()), "lr": 0.01})
         return model, optimizer
 

@@ -119,6 +119,7 @@ def test_groups_that_are_added_are_followed() -> None:
     ema = mz.EMA(sharded, decay=0.5)
     step(sharded, optimizer, 0)
     ema.update()
+    sharded.zero_grad()
     optimizer.add_param_group({"params": first})
     wanted = {name: value.clone() for name, value in sharded.state_dict().items()}
     ema.update()
