@@ -108,9 +108,13 @@ class GradientSharder(ReducedPasses):
         ]
         # Backward comes to the last parameters first.
         self._segments = sorted(pieces, key=lambda piece: -min(piece.members, default=0))
-        self._segments_of = _pieces_of(self._segments, len(specs))
+        self._segments_of: list[tuple[SegmentPiece, ...]] = _pieces_of(self._segments, len(specs))
         numbers = {id(piece): number for number, piece in enumerate(self._segments)}
-        self._numbers_of = [[numbers[id(p)] for p in pieces] for pieces in self._segments_of]
+        # A segment may hold no more of a parameter than the gap behind it: nothing is put there.
+        self._numbers_of = [
+            [numbers[id(piece)] for piece in pieces if self._has_part(piece, index)]
+            for index, pieces in enumerate(self._segments_of)
+        ]
         self._waiting = list(self._segments_of)
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         travelling = dtypes if whole or on_the_way is None else on_the_way
@@ -140,6 +144,10 @@ class GradientSharder(ReducedPasses):
     def segments_of(self, index: int) -> Sequence[int]:
         """The numbers of the segments that a parameter is part of, as ``fill`` is given them."""
         return self._numbers_of[index]
+
+    def _has_part(self, piece: SegmentPiece, index: int) -> bool:
+        place = slice(piece.segment.start, piece.segment.stop)
+        return self._spaces[piece.space].layout.overlap(str(index), place) is not None
 
     def view(self, index: int, space: int) -> Any:
         """Stage 1: where all of a parameter's gradient lies."""
@@ -428,8 +436,8 @@ def _runs(mask: Any) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _pieces_of(pieces: Sequence[SegmentPiece], count: int) -> list[tuple[Piece, ...]]:
-    of: list[list[Piece]] = [[] for _ in range(count)]
+def _pieces_of(pieces: Sequence[SegmentPiece], count: int) -> list[tuple[SegmentPiece, ...]]:
+    of: list[list[SegmentPiece]] = [[] for _ in range(count)]
     for piece in pieces:
         for index in piece.members:
             of[index].append(piece)
