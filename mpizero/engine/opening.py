@@ -15,6 +15,9 @@ from mpizero.api import World
 from mpizero.engine.weights import Merge
 from mpizero.reduction.operation import SUM, operation
 
+# Below this a mark's square, summed over the ranks, is exact in float64.
+MARKS = 1 << 20
+
 
 class News(NamedTuple):
     """One rank's numbers; the sum over the ranks is what all get to know."""
