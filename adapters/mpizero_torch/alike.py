@@ -13,10 +13,8 @@ from torch import nn
 
 from mpizero import MismatchError, World
 from mpizero.diagnostics.views import name
-from mpizero.engine import News
+from mpizero.engine import MARKS, News
 from mpizero_torch import slices
-
-MARK_BITS = 20  # of a number whose square, summed over the ranks, is exact in float64
 
 # Relative to a parameter's largest element. Processors of several kinds round updates differently,
 # and training lets such differences grow; an update that only some ranks made is larger.
@@ -47,7 +45,7 @@ class Alike:
         count, before = self._writes(), self._count
         self._count = count
         told = f"{count - before} {None if self._drifts else self._element()!r}"
-        return float(crc32(told.encode()) % (1 << MARK_BITS))
+        return float(crc32(told.encode()) % MARKS)
 
     def check(self, world: World, told: News, active: bool) -> None:
         """After a pass: MismatchError if ranks that took part hold other parameters. Collective.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mpizero.engine.gradient_shards import Filling, GradientSharder
 from mpizero.engine.lanes import Lane, take_lane
-from mpizero.engine.opening import News
+from mpizero.engine.opening import MARKS, News
 from mpizero.engine.parameter_memory import COMMON, SHARDED, WHOLE, ParameterMemory
 from mpizero.engine.partition import (
     FLAT,
@@ -28,6 +28,7 @@ from mpizero.engine.weights import Merge, Weight
 __all__ = [
     "COMMON",
     "FLAT",
+    "MARKS",
     "PARAMETER",
     "SEGMENT_BYTES",
     "SHARDED",

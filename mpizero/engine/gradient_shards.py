@@ -16,7 +16,7 @@ import numpy as np
 
 from mpizero.engine.buckets import Allocate
 from mpizero.engine.lanes import Lane
-from mpizero.engine.opening import News, Opening
+from mpizero.engine.opening import MARKS, News, Opening
 from mpizero.engine.partition import Segment, Space
 from mpizero.engine.passes import Piece, ReducedPasses
 from mpizero.engine.shard_group import ShardGroup
@@ -30,9 +30,6 @@ from mpizero.reduction.shards import mean_into_shard, sum_of_squares
 
 # While one segment is summed the next is filled.
 BUFFERS = 2
-
-# Below it a number's square, summed over the ranks, is exact in float64.
-MARKS = 1 << 20
 
 
 @dataclass(frozen=True)

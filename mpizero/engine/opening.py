@@ -16,6 +16,9 @@ from mpizero.engine.weights import Merge
 from mpizero.memory.order import on_host
 from mpizero.reduction.operation import SUM, operation
 
+# Below this a mark's square, summed over the ranks, is exact in float64.
+MARKS = 1 << 20
+
 
 class News(NamedTuple):
     """One rank's numbers; the sum over the ranks is what all get to know."""

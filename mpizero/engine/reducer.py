@@ -34,7 +34,7 @@ class GradientReducer(ReducedPasses):
     Parameters that no rank trains have no place in a bucket, and a bucket in which no rank trains
     any is not sent. ``reformed()``: parameters whose gradients are of another dtype now. Both these
     and what is trained for the first time get a place at the end of the pass that finds them.
-    ``mark()``: a number below 2^20 for what was done since the last pass; where the ranks' differ
+    ``mark()``: a number below ``MARKS`` for what was done since the last pass; where ranks' differ
     ``told.marks_differ`` says so.
 
     Making a reducer is collective: parameters that differ between the ranks raise MismatchError,
