@@ -74,15 +74,16 @@ class Handle:
 
     def carry_out(self, world: World) -> None:
         """Do it; an error is raised where the handle is waited for."""
-        work, self._work = self._work, None
         try:
-            self._result = work(world) if work is not None else None
+            self._result = self._work(world) if self._work is not None else None
         except Exception as error:
             self._error = error
+        self._work = None  # last: other threads look whether it is done
 
     def fail(self, error: Exception) -> None:
         """It is not carried out, on any rank."""
-        self._work, self._error = None, error
+        self._error = error
+        self._work = None
 
     def wait(self) -> Any:
         """Wait until it has been carried out; its result, or what it raised."""
