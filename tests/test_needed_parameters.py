@@ -299,6 +299,21 @@ def with_a_hook_that_looks(model: Any, x: torch.Tensor, y: torch.Tensor) -> None
     functional.mse_loss(out, y).backward()
 
 
+class KeptByOthers(Base):
+    """What autograd saves of a frozen layer is kept by somebody else, who keeps what is given."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm = how, nn.LayerNorm(32).requires_grad_(False)
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.how == "checkpoint":
+            found: Any = checkpoint(self.norm, hidden, use_reentrant=False)
+            return torch.tanh(found)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            return torch.tanh(self.norm(hidden))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{
         f"gives {how}": lambda how=how: GivesAway(how)  # type: ignore[misc]
@@ -311,6 +326,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "penalty": PenaltyWithin,
     "function": OwnFunction,
     "repeated": Repeated,
+    **{
+        f"frozen, kept by {how}": lambda how=how: KeptByOthers(how)  # type: ignore[misc]
+        for how in ("checkpoint", "hooks")
+    },
     "forces": Forces,
 }
 STEPS: list[Step] = [

@@ -288,6 +288,21 @@ def test_gradients_that_stay_on_a_rank(way: dict[str, Any]) -> None:
     by_hand(both)
 
 
+@ranks
+@pytest.mark.parametrize("way", SHARDED)
+def test_gradients_that_stay_beside_a_mean_of_others(way: dict[str, Any]) -> None:
+    """They are added up where no pass has averaged anything since the gradients were forgotten."""
+    both = Both(way)
+    for _ in range(2):
+        both.zero_grad()
+        both.backward()  # of all but one
+        with both.model.no_sync():
+            both.backward(rare=True)
+        both.backward(rare=True)
+        both.step()
+    both.compare()
+
+
 READING: dict[str, Callable[[Any], Any]] = {
     "norm": lambda g: g.norm(),
     "data": lambda g: g.data.norm(2),

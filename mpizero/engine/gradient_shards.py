@@ -203,6 +203,11 @@ class GradientSharder(ReducedPasses):
             with self._using():
                 self._kept = [self._own(piece).copy() for piece in self._segments]
 
+    @property
+    def mean_is_aside(self) -> bool:
+        """Has the mean made place for gradients of this rank, which are kept there?"""
+        return bool(self._kept)
+
     def zero_kept(self, members: Collection[int]) -> None:
         """The mean that was put aside, while its place is used, becomes zero for ``members``.
 

@@ -189,7 +189,8 @@ def compare(real: Side, oracle: Side, values: bool, states: bool) -> list[str]:
         found += list(_differences(label, got, wanted, bound))
     real.results.clear()
     oracle.results.clear()
-    its = dict(oracle.named)
+    # With both names of what is tied: parameters that were assigned are tied no longer.
+    its = dict(oracle.net.named_parameters(remove_duplicate=False))
     for name, p in real.named if values else ():
         found += list(_differences(name, mz.full_parameter(p), its[name].detach(), bound))
         if not oracle.unreduced and id(its[name]) in oracle.members:

@@ -145,12 +145,31 @@ def _clip(side: Side, number: int, *, how: str, bound: float) -> None:
     elif how == "torch value of groups":
         for each in side.optimizers:
             for group in each.param_groups:
-                nn.utils.clip_grad_value_(group["params"], bound)
+                # torch's raises where no gradient is: a rank may have none of a group's.
+                if any(p.grad is not None for p in group["params"]):
+                    nn.utils.clip_grad_value_(group["params"], bound)
     elif how == "torch norm":
         nn.utils.clip_grad_norm_(side.model.parameters(), bound)
     else:
-        for each in side.optimizers:
+        _on_all_or_none(side, lambda: [
             nn.utils.clip_grad_norm_(each.param_groups[0]["params"], bound)
+            for each in side.optimizers
+        ])  # fmt: skip
+
+
+def _on_all_or_none(side: Side, work: Callable[[], Any]) -> None:
+    """What refuses without asking the other ranks, and need not on those that have nothing."""
+    try:
+        work()
+        refused = None
+    except mz.MpizeroError as error:
+        refused = error
+    if side.real:
+        found = [each for each in side.world.gather_objects(refused and str(refused)) if each]
+        if found:
+            raise mz.MpizeroError(found[0])
+    elif refused is not None:
+        raise refused
 
 
 def _step(side: Side, number: int, *, which: int, zero: str) -> None:
@@ -261,6 +280,8 @@ def _load_plain(side: Side, number: int, *, into: str, assign: bool) -> None:
     target = side.net if into == "net" else side.wrapped
     # With it, a plain optimizer would go on with the parameters that were replaced; ours follows.
     target.load_state_dict(state, assign=assign and side.real)
+    if assign:  # that there are others in their place is seen when they are used
+        _forward(side, number, grad=True, training=True)
 
 
 def _plain_state(side: Side) -> dict[str, torch.Tensor]:
@@ -353,7 +374,8 @@ def _averaged(side: Side) -> Iterator[None]:
         return
     before = {name: p.detach().clone() for name, p in side.named}
     for name, p in side.named:
-        p.data.copy_(side.ema[name])
+        if not side.setting.stage or id(p) in side.members:  # others are used as they are
+            p.data.copy_(side.ema[name])
     yield
     for name, p in side.named:
         p.data.copy_(before[name])

@@ -360,15 +360,7 @@ class ShardedModule(DistributedModule):
                     "parameters of the model that are in no group of the optimizer",
                 )  # fmt: skip
             members.append(index)
-        have = [self._named[at][0] for at in members if self._named[at][1].grad is not None]
-        self.world.agree([str(members), str(have)], "the parameters of the new group")
-        if have:
-            raise ArgumentError(
-                "add_param_group()", "params", f"'{have[0]}', which has a gradient already",
-                "parameters without one",
-                "It was computed while it was in no group, on this rank's batch alone. Forget it "
-                "with model.zero_grad(), or add the group before backward().",
-            )  # fmt: skip
+        self.world.agree([str(members)], "the parameters of the new group")
         partition = self._partitions[self._optimizers.index(optimizer)]
         self.follow("add_param_group()")
         let_go = self.hold(range(len(self._named)))
@@ -481,7 +473,7 @@ class ShardedModule(DistributedModule):
             self._loss_scale.check_pass({id(parameter) for _, parameter in self._named})
         sharder.keeps = bool(self.gradients.marks)
         sharder.marks, sharder.described = self.gradients.digest, self.gradients.description
-        if sharder.keeps:
+        if sharder.keeps and not sharder.mean_is_aside:  # else gradients of this rank lie there
             for run in runs:
                 if not run.has_gradient:
                     run.gradient.zero_()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from mpizero import MpizeroError
 from mpizero_torch import slices
@@ -19,6 +20,9 @@ from mpizero_torch.sharding.whole_space import hooks_are_allowed, storage_addres
 
 if TYPE_CHECKING:
     from mpizero_torch.sharding.schedule import UnitSchedule
+
+
+Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 class Place(NamedTuple):
@@ -67,29 +71,51 @@ class SavedTensors:
                 )
             return slices.put_together(owner.recall(packed), packed.cut)
 
-        self._hooks: tuple[Callable[[Any], Any], Callable[[Any], Any]] = pack, unpack
-        self.is_open = False
+        def is_of_unit(tensor: torch.Tensor) -> bool:
+            return isinstance(tensor, nn.Parameter) and (
+                storage_address(slices.local(tensor) if any_cut else tensor) in places
+            )
 
-    def open(self) -> bool:
-        """Begin to see what autograd saves; returns False where torch would not have it.
+        self._hooks: Hooks = pack, unpack
+        self._is_of_unit = is_of_unit
+        self._own = {pack}  # by which hooks of ours are known
 
-        Where the user's own hooks are at work (a checkpoint's, or those that offload activations)
+    def open(self) -> tuple[bool, bool]:
+        """Begin to see what autograd saves: (does torch allow it, must ``close`` end it).
+
+        Where somebody else's hooks are at work (a checkpoint's, or those that offload activations)
         they stay in charge: what is kept under them is theirs, and keeps its memory.
         """
         if not hooks_are_allowed():
-            return False  # within a transform of torch.func
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
-            self.is_open = True
-        return True
+            return False, False  # within a transform of torch.func
+        top: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and top[0] in self._own:
+            return True, False
+        torch._C._autograd._push_saved_tensors_default_hooks(*self._on(top))
+        return True, True
 
     def close(self) -> None:
         """End what ``open`` has begun."""
-        if self.is_open:
-            self.is_open = False
-            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            if top is not None and top[0] is self._hooks[0]:
-                torch._C._autograd._pop_saved_tensors_default_hooks()
+        top: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and top[0] in self._own:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            if top[0] is not self._hooks[0]:
+                self._own.discard(top[0])
+
+    def _on(self, others: Hooks | None) -> Hooks:
+        """Hooks to lie on those of others, who shall not be given a parameter itself.
+
+        They could keep the object, which does not show; of a tensor in its memory it shows.
+        """
+        if others is None:
+            return self._hooks
+        their_pack, their_unpack = others
+
+        def pack(tensor: torch.Tensor) -> Any:
+            return their_pack(tensor.detach() if self._is_of_unit(tensor) else tensor)
+
+        self._own.add(pack)
+        return pack, their_unpack
 
 
 def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:

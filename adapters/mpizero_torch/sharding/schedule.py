@@ -33,6 +33,7 @@ class _Frame:
     def __init__(self, module: nn.Module | None = None, *, may_write: bool = False) -> None:
         self.module, self.may_write = module, may_write
         self.held: list[Unit] = []
+        self.sees = False  # what autograd saves, by hooks of its own
 
 
 class UnitSchedule:
@@ -248,10 +249,9 @@ class UnitSchedule:
             self._hold_in_backward(unit)
 
     def _push(self, frame: _Frame) -> None:
-        if not self._stack:
-            if self._backward and engine_runs.current_run() == -1:
-                self.end_of_backward()  # one that an exception has ended
-            self._is_seen = self._saved.open()
+        if not self._stack and self._backward and engine_runs.current_run() == -1:
+            self.end_of_backward()  # one that an exception has ended
+        self._is_seen, frame.sees = self._saved.open()
         self._stack.append(frame)
 
     def _pop(self, frame: _Frame) -> None:
@@ -261,9 +261,9 @@ class UnitSchedule:
         at = self._stack.index(frame)
         ended = self._stack[at:]
         del self._stack[at:]
-        if not self._stack:
-            self._saved.close()
         for each in reversed(ended):
+            if each.sees:
+                self._saved.close()
             try:
                 for unit in each.held:
                     unit.cover(written=each.may_write)
