@@ -85,14 +85,14 @@ def test_ranks_learn_what_one_process_learns(runs: Runs, name: str, ranks: int) 
             for parameter, numbers in value.items():
                 assert ours[key][parameter] == pytest.approx(numbers, **bound), (key, parameter)
         else:
-            assert ours[key] == pytest.approx(value, **bound), key
+            assert ours[key] == (value if key == "best" else pytest.approx(value, **bound)), key
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.split()[1] in ("stage", "private", "fsdp")])
 def test_stages_learn_what_replicas_learn(runs: Runs, name: str) -> None:
     plain, ours = runs.result(2, f"{name.split()[0]} plain"), runs.result(2, name)
     assert ours["losses"] == pytest.approx(plain["losses"], **EXACT)
-    assert len(set(ours["losses"])) > 6  # it has been trained at all
+    assert len(set(ours["losses"])) == len(plain["losses"]) > 0  # it has been trained at all
 
 
 def test_sections_of_the_configuration_are_the_optimizer_and_the_schedule(runs: Runs) -> None:

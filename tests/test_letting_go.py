@@ -254,7 +254,7 @@ def test_nothing_can_be_asked_of_what_was_let_go() -> None:
         lambda: part.subworld([part.rank]),
         lambda: part.allocate(3, np.int8),
         lambda: part.allocate_common(3, np.int8),
-        lambda: part.submit("x", lambda run, parts: None),
+        lambda: part.submit("x", lambda run, parts: None, ()),
     ):
         with pytest.raises(mpizero.LaunchError, match="closed"):
             ask()

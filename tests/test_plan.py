@@ -209,7 +209,8 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "either --parameters NUMBER or MODULE:FUNCTION"),
+        ([], "Give --parameters NUMBER, such as 7e9, or MODULE:FUNCTION"),
+        (["--parameters", "1e9", "json:dumps"], "not both"),
         (["--parameters", "0"], "a number > 0"),
         (["--parameters", "1e9", "--ranks", "0"], "a number >= 1"),
         (["--parameters", "1e9", "--ranks", "9", "--ranks-per-node", "4"], "a multiple of the 4"),

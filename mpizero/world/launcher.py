@@ -79,14 +79,14 @@ _FOREIGN = (
         "RANK",
         "WORLD_SIZE",
         "LOCAL_RANK",
-        "TORCHELASTIC_RUN_ID",
+        mark="TORCHELASTIC_RUN_ID",
     ),
     _Foreign(
         "horovodrun without MPI",
         "HOROVOD_RANK",
         "HOROVOD_SIZE",
         "HOROVOD_LOCAL_RANK",
-        "HOROVOD_SIZE",
+        mark="HOROVOD_SIZE",
     ),
     _Foreign(
         "a launcher for torch (deepspeed, or one that sets RANK and WORLD_SIZE)",

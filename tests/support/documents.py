@@ -239,10 +239,13 @@ def _hunks(block: Block) -> Iterator[tuple[str, str]]:
             yield "".join(sides[" -"]), "".join(sides[" +"])
 
 
+_CELL_MAGIC = re.compile(r"\A%%.*")  # how a notebook's cell may begin
+
+
 def _check_syntax(block: Block) -> None:
     """The least that holds of a block that is not run."""
     if block.language == "python":
-        compile(block.text, block.page, "exec")
+        compile(_CELL_MAGIC.sub("", block.text), block.page, "exec")
     elif block.language == "sh":
         found = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
         if found.returncode:
