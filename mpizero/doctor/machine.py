@@ -168,7 +168,9 @@ def _unused_gpus(host: str, ranks: list[RankFacts]) -> Finding:
     if variables.get("MPIZERO_DEVICE") == "cpu":
         return ok("GPUs", f"{text}: MPIZERO_DEVICE=cpu says so")
     if not any("cupy" in rank.versions for rank in ranks):
-        return wrong("GPUs", f"{text}: CuPy is missing", "pip install 'mpizero[cuda]'")
+        return wrong(
+            "GPUs", f"{text}: CuPy is missing", "pip install 'mpizero[cuda12]' (or [cuda13])"
+        )
     return wrong(
         "GPUs", f"{text}: CuPy {ranks[0].versions.get('cupy')} sees none",
         "Ask the scheduler for GPUs (--gpus-per-node, ngpus), see that CUDA_VISIBLE_DEVICES "

@@ -146,7 +146,9 @@ def _watch_exit_status() -> None:
     class is of C: its attributes are to be had by way of what its read-only dictionary refers to.
     """
     stock = SystemExit.__dict__["code"]
-    attributes = gc.get_referents(SystemExit.__dict__)[0]
+    attributes: Any = next(iter(gc.get_referents(SystemExit.__dict__)), None)
+    modified: Any = getattr(getattr(ctypes, "pythonapi", None), "PyType_Modified", None)
+    is_open = isinstance(attributes, dict) and modified is not None  # as CPython's classes are
 
     def code(error: SystemExit) -> Any:
         global _exit_status
@@ -155,10 +157,14 @@ def _watch_exit_status() -> None:
             _exit_status = _as_number(status)
         return status
 
-    attributes["code"] = property(code, stock.__set__, stock.__delete__, stock.__doc__)
-    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))  # which remembers look-ups
+    if is_open:
+        attributes["code"] = property(code, stock.__set__, stock.__delete__, stock.__doc__)
+        modified(ctypes.py_object(SystemExit))  # which remembers look-ups
 
     def leave(status: Any = None, /) -> NoReturn:
+        global _exit_status
+        if not is_open:  # what is known is that somebody has asked for it
+            _exit_status = _as_number(status)
         raise SystemExit(status)
 
     sys.exit = leave  # of C: up to Python 3.11 there is no exception yet to ask, only the status

@@ -123,7 +123,7 @@ class MpiStrategy(_strategies.DDPStrategy):  # type: ignore[misc]
         if kind != "cpu" and kind != self.world.device.kind:
             raise LaunchError(
                 f"Trainer(): Lightning is to use {kind} devices, mpizero's device here is "
-                f"{self.world.device.name}. Install CuPy (pip install 'mpizero[cuda]'), or give "
+                f"{self.world.device.name}. Install CuPy (pip install 'mpizero[cuda12]'), or give "
                 "the Trainer accelerator='cpu'."
             )
         return torch.device("cpu" if kind == "cpu" else self.world.device.name)
