@@ -143,11 +143,13 @@ def _clip(side: Side, number: int, *, how: str, bound: float) -> None:
     elif how == "torch value":
         nn.utils.clip_grad_value_(side.net.parameters(), bound)
     elif how == "torch value of groups":
-        for each in side.optimizers:
-            for group in each.param_groups:
-                # torch's raises where no gradient is: a rank may have none of a group's.
-                if any(p.grad is not None for p in group["params"]):
-                    nn.utils.clip_grad_value_(group["params"], bound)
+        _on_all_or_none(side, lambda: [
+            nn.utils.clip_grad_value_(group["params"], bound)
+            for each in side.optimizers
+            for group in each.param_groups
+            # torch's raises where no gradient is: a rank may have none of a group's.
+            if any(p.grad is not None for p in group["params"])
+        ])  # fmt: skip
     elif how == "torch norm":
         nn.utils.clip_grad_norm_(side.model.parameters(), bound)
     else:
