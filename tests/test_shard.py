@@ -190,6 +190,19 @@ def test_worker_processes() -> None:
         assert sorted(counted(everyones(loader))) == list(range(40))
 
 
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("name", ["collate_fn", "worker_init_fn", "dataset"])
+def test_what_cannot_be_sent_to_workers_is_named(name: str) -> None:
+    class Local(Squares):
+        pass
+
+    given: dict[str, Any] = {"dataset": Squares(), "collate_fn": None, "worker_init_fn": None}
+    given[name] = Local() if name == "dataset" else lambda *_: None
+    loader = mz.shard(DataLoader(**given, batch_size=4, num_workers=1, shuffle=True))
+    with pytest.raises(mz.ArgumentError, match=f"'{name}'.*num_workers=1.*num_workers=0"):
+        iter(loader)
+
+
 class Columns:
     """No class of torch's: as Hugging Face's datasets are, gives several rows at a time, too."""
 

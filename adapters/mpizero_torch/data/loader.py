@@ -16,6 +16,7 @@ from mpizero_torch.data.plans import FollowedBatches, FollowedSamples, Plan, See
 from mpizero_torch.data.position import Position
 from mpizero_torch.data.reading import ATTRIBUTES, Reading, Source, loader_like
 from mpizero_torch.data.sampler import is_plain, refuse_dealt
+from mpizero_torch.data.workers import begin
 from mpizero_torch.random_state import derive
 from mpizero_torch.weighed_tensor import Outlet
 
@@ -139,7 +140,7 @@ class ShardedLoader:
         self._source.next = reading = Reading(steps, (self._seed, epoch, rank))
         if self._generator is not None:
             self._generator.manual_seed(derive(self._seed, epoch, done, rank))
-        return _Batches(self, epoch, reading, iter(self._loader), Loop(self._outlet, uneven))
+        return _Batches(self, epoch, reading, begin(self._loader), Loop(self._outlet, uneven))
 
     def _take(self, epoch: int, reading: Reading) -> float:
         """A batch is handed out: keep count of it."""

@@ -23,6 +23,7 @@ from mpizero_torch.data.reading import (
     loader_like,
 )
 from mpizero_torch.data.sampler import refuse_dealt
+from mpizero_torch.data.workers import begin
 from mpizero_torch.random_state import derive, unchanged
 from mpizero_torch.weighed_tensor import Outlet
 
@@ -206,7 +207,7 @@ class _Order:
             self._generator.manual_seed(derive(epoch, done))
         reading = Reading(steps)
         self._source.next = (item for samples in reading for item in samples)
-        return iter(self._loader), reading
+        return begin(self._loader), reading
 
 
 def _samples(batch: Any) -> int:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
+import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker, spawn
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from torch.utils.data import DataLoader
+
+from mpizero import ArgumentError
 from mpizero.world.children import leave_scripts_alone
 
 
@@ -26,6 +33,34 @@ def fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch", "mpizero_torch.data.reading"])
     return context
+
+
+def begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """``iter(loader)``. ArgumentError for what its workers need, and cannot be sent to them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")  # torch's guess at the cause
+            return iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        for name in ("collate_fn", "worker_init_fn", "dataset") if loader.num_workers else ():
+            value = getattr(loader, name)
+            if not _can_be_sent(value):
+                raise ArgumentError(
+                    "mz.shard()", name, f"{value!r}, with num_workers={loader.num_workers}",
+                    "what can be pickled",
+                    "It is sent to worker processes, which are no copies of a rank: forked from "
+                    "one they might hang. Define functions and classes at the top of a module (not "
+                    f"as lambda, nor within a function), or load with num_workers=0. ({error})",
+                ) from error  # fmt: skip
+        raise
+
+
+def _can_be_sent(value: Any) -> bool:
+    try:
+        ForkingPickler.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _start_tracker() -> None:
