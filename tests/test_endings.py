@@ -85,6 +85,16 @@ def test_an_error_that_all_ranks_raise_is_printed_once() -> None:
     assert "[rank 0]   rank 2: allreduce(float64, shape (5,)" in result.stderr
 
 
+def test_an_error_that_each_rank_raises_by_itself_is_printed_once() -> None:
+    """As a wrong argument is, whatever the number of the rank that says so."""
+    program = (
+        "import mpizero\nw = mpizero.init()\nraise ValueError(f'on rank {w.rank}: negative')\n"
+    )
+    result, _ = run(4, program)
+    assert result.returncode != 0
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
+
+
 def test_a_normal_exit_stays_one() -> None:
     program = (
         "import sys, numpy as np, mpizero\nw = mpizero.init()\n"

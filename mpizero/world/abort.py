@@ -8,9 +8,13 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
+import hashlib
 import io
 import os
+import re
+import socket
 import sys
 import time
 import traceback
@@ -33,6 +37,7 @@ _DRAIN_SECONDS = 0.5
 _exit_status: int = 0
 _expected_status: int | None = None
 _installed = False
+_claims: list[socket.socket] = []  # held until this process ends
 
 
 def install_abort_hooks(comm: MPI.Intracomm) -> None:
@@ -55,7 +60,7 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
             python_excepthook(kind, error, where)
             return
         if _program_goes_on():
-            _report(comm.rank, kind, error, where)
+            _report(comm.rank, kind, error, where, is_last=False)
             return
         if issubclass(kind, KeyboardInterrupt):  # Ctrl-C reaches every rank; the launcher ends all
             python_excepthook(kind, error, where)
@@ -125,16 +130,41 @@ def _end_all(comm: MPI.Intracomm, status: int) -> None:
 
 
 def _report(
-    rank: int, kind: type[BaseException], error: BaseException, where: TracebackType | None
+    rank: int,
+    kind: type[BaseException],
+    error: BaseException,
+    where: TracebackType | None,
+    *,
+    is_last: bool = True,
 ) -> None:
-    if getattr(error, "reported_elsewhere", False):
+    text = "".join(traceback.format_exception(kind, error, where))
+    is_told = getattr(error, "reported_elsewhere", False)
+    if is_told or (is_last and not _is_first_to_say(text)):
         # The reporting rank prints the same error and ends the job, unless it has caught it.
         for _ in range(_GRACE_NAPS):
             time.sleep(_NAP_SECONDS)
     sys.stdout.flush()
-    text = "".join(traceback.format_exception(kind, error, where))
     lines = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())
     say_last(lines)
+
+
+def _is_first_to_say(text: str) -> bool:
+    """Has no other rank of this node begun to say the same? A wrong argument is wrong on all.
+
+    Who says it holds a name that only one process of a node can hold, and that goes with it: of
+    the ranks that the same launcher's process has started.
+    """
+    same = re.sub(r"\brank \d+", "rank", text)
+    name = hashlib.sha256(f"{os.getppid()} {same}".encode()).hexdigest()[:32]
+    try:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        _claims.append(claim)
+        claim.bind(f"\0mpizero-says-{name}")  # in Linux' own name space: no file
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    except AttributeError:  # a system without such sockets
+        return True
+    return True
 
 
 def _watch_exit_status() -> None:
