@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -192,3 +193,46 @@ def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     text = '[\n{"ph": "X", "pid": 0, "name": "forward"},\n{"ph": "X", "pi'
     (tmp_path / "trace-rank-0000.json").write_text(text)
     assert len(read_events(tmp_path)) == 1
+
+
+def _profiled(path: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        torch.ones(5, 5).sum()
+    profiled.export_chrome_trace(str(path))
+
+
+@pytest.mark.once
+def test_traces_of_torchs_profiler_are_put_together(tmp_path: Path) -> None:
+    files = [tmp_path / "profile-0.json", tmp_path / "profile-1.json.gz"]
+    for file in files:
+        _profiled(file)
+    out = tmp_path / "all.json"
+    command = ["trace", "merge", *map(str, files), "--out", str(out)]
+    for _ in range(2):  # over its own output, too
+        assert CliRunner().invoke(main, command).exit_code == 0
+    events = json.loads(out.read_text())["traceEvents"]
+    sums = [event for event in events if event.get("name") == "aten::ones"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    assert [names[event["pid"]].split(":")[0] for event in sums] == ["rank 0", "rank 1"]
+    assert sums[0]["ts"] + sums[0]["dur"] <= sums[1]["ts"] < 60e6  # the second was made later
+    with gzip.open(files[1], "rt") as file:
+        assert sums[1]["dur"] in [event.get("dur") for event in json.load(file)["traceEvents"]]
+
+
+@pytest.mark.once
+def test_what_is_no_trace_of_one_rank_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "notes-0.json"
+    other.write_text('{"traceEvents": 3}')
+    first, second = tmp_path / "a-1.json", tmp_path / "b-1.json"
+    for file in (first, second, tmp_path / "nameless.json"):
+        file.write_text('[{"ph": "X", "ts": 1, "dur": 1, "pid": 1}]')
+    out = str(tmp_path / "all.json")
+    for files, said in (
+        ([other], "traces in Chrome's format"),
+        ([first, second], "both of rank 1"),
+        ([tmp_path / "nameless.json"], "of which rank"),
+    ):
+        refused = CliRunner().invoke(main, ["trace", "merge", *map(str, files), "--out", out])
+        assert refused.exit_code != 0 and said in refused.output
+    refused = CliRunner().invoke(main, ["trace", "merge", str(first), "--out", str(other)])
+    assert refused.exit_code != 0 and other.read_text() == '{"traceEvents": 3}'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mpizero.cli import outputs
 from mpizero.cli.trace_plot import draw
+from mpizero.diagnostics.merging import merge_traces
 from mpizero.diagnostics.summary import RankSummary, read_events, summarise
 from mpizero.errors import ArgumentError
 from mpizero.outputs import MARK
@@ -40,10 +42,29 @@ def summary(folder: Path, plot: Path | None, merge: Path | None, as_json: bool) 
     else:
         click.echo(table(ranks))
     if merge is not None:
-        text = json.dumps({"otherData": _MERGED, "traceEvents": events})
-        outputs.write(merge, text.encode(), _is_merged, "trace summary", "--merge")
+        _write(merge, events, "trace summary", "--merge")
     if plot is not None:
         draw(events, ranks, plot)
+
+
+@trace.command()
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
+def merge(files: tuple[Path, ...], out: Path) -> None:
+    """Put traces of PyTorch's profiler, one of each rank, together for one timeline."""
+    outputs.check(out, _is_merged, "trace merge", "--out")
+    try:
+        events = merge_traces(files)
+    except ArgumentError as error:
+        raise click.ClickException(str(error)) from error
+    _write(out, events, "trace merge", "--out")
+
+
+def _write(path: Path, events: list[dict[str, Any]], command: str, option: str) -> None:
+    text = json.dumps({"otherData": _MERGED, "traceEvents": events})
+    outputs.write(path, text.encode(), _is_merged, command, option)
 
 
 def _is_merged(data: bytes) -> bool:
