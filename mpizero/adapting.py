@@ -8,6 +8,8 @@ to that). In here is what a framework has to be told about:
   are ready, in a ``Lane`` of the ranks; ``Weight`` is how much a rank's count, ``ParameterSpec``
   what the core knows of a parameter;
 * sharding: ``balanced_owners`` and the ways to cut parameters among ranks;
+* checkpoints: ``Save`` of ``Part``s, and ``Checkpoint``, which any number of ranks reads; ``tree``
+  for values that are no arrays;
 * data: ``ShardedBatches`` says which samples are a rank's, and how much its batch counts;
 * ``operation``, which raises ArgumentError for sums that there are not of a dtype;
 * ``thread_level``, for frameworks that call from threads of their own.
@@ -15,6 +17,18 @@ to that). In here is what a framework has to be told about:
 
 from __future__ import annotations
 
+from mpizero.checkpoint import (
+    Checkpoint,
+    Part,
+    PendingSave,
+    Piece,
+    Save,
+    TensorSpec,
+    agreed,
+    carry_out,
+    shared_part,
+    tree,
+)
 from mpizero.engine import (
     GradientReducer,
     GradientSharder,
@@ -33,18 +47,28 @@ from mpizero.sampling import ShardedBatches
 from mpizero.world.startup import thread_level
 
 __all__ = [
+    "Checkpoint",
     "FlatLayout",
     "GradientReducer",
     "GradientSharder",
     "Lane",
     "ParameterSpec",
+    "Part",
+    "PendingSave",
+    "Piece",
+    "Save",
     "ShardedBatches",
+    "TensorSpec",
     "Weight",
+    "agreed",
     "balanced_owners",
+    "carry_out",
     "cut_by_parameter",
     "cut_flat",
     "operation",
     "register_bridge",
+    "shared_part",
     "take_lane",
     "thread_level",
+    "tree",
 ]

@@ -12,6 +12,7 @@ All of it works inside of ``jax.jit`` as well as outside.
 from __future__ import annotations
 
 from mpizero import ArgumentError, LaunchError, MismatchError, MpizeroError, World
+from mpizero_jax.checkpoints import load, save
 from mpizero_jax.collectives import (
     all_to_all,
     allgather,
@@ -40,9 +41,11 @@ __all__ = [
     "broadcast",
     "grad",
     "init",
+    "load",
     "mean_gradients",
     "own_state",
     "reduce_scatter",
+    "save",
     "shard",
     "value_and_grad",
     "whole_state",
