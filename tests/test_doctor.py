@@ -230,7 +230,7 @@ CONDITIONS = {
     ),
     "no /dev/shm": (with_ranks(shm_size=None), "shared memory", "look", "no /dev/shm", "Linux"),
     "GPUs without CuPy": (
-        with_ranks(host_gpus=4), "GPUs", "wrong", "CuPy is missing", r"mpizero\[cuda\]",
+        with_ranks(host_gpus=4), "GPUs", "wrong", "CuPy is missing", r"mpizero\[cuda12\]",
     ),
     "GPUs that CuPy does not see": (
         with_ranks(with_gpus(), gpu=None), "GPUs", "wrong", "CuPy 13.4.0 sees none", "CUDA_VISIBLE",
