@@ -191,6 +191,26 @@ def test_an_error_that_a_shell_shows_ends_nothing() -> None:
     assert result.returncode != 0 and "[rank 1] ValueError: the last one" in result.stderr
 
 
+def test_forks_of_ranks_end_by_themselves() -> None:
+    """With their own status, whatever is registered at exit, and no end of the job."""
+    program = (
+        "import atexit, os, sys, numpy as np, mpizero\nw = mpizero.init()\n"
+        "shared = w.allocate(10, 'float32')\n"
+        "def raises():\n    raise ValueError('of a child')\n"
+        "def prints():\n    print('of a child')\n"
+        "def ends():\n    atexit.register(prints)\n"
+        "statuses = []\n"
+        "for end in (raises, lambda: sys.exit(3), ends):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n        end()\n        sys.exit()\n"
+        "    statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "w.barrier()\nprint(statuses)\n"
+    )
+    result, _ = run(2, program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("[1, 3, 0]") == result.stdout.count("of a child") == 2
+
+
 def test_torchrun_is_no_launcher_for_us() -> None:
     """Each of its processes would train alone, and save over the others' checkpoints."""
     program = (

@@ -98,7 +98,7 @@ def _start(
             diagnostics.watch(world, timeout)
         diagnostics.trace_if_asked(world)
         if not _worlds:
-            atexit.register(_leave)
+            atexit.register(_leave, os.getpid())
         _worlds[:] = [weakref.ref(each) for each in (*_open_worlds(), world)]
         comm.Set_attr(_keyval, world)
     return world
@@ -125,7 +125,10 @@ def _refuse_children(launch: Launch | None) -> None:
         )
 
 
-def _leave() -> None:
+def _leave(rank: int) -> None:
+    """At the end of the process ``rank``; its forks leave the job alone."""
+    if os.getpid() != rank:
+        return
     diagnostics.recorder().leave()
     survivors = reform.current()
     for world in _open_worlds() + ([] if survivors is None else [survivors]):

@@ -43,6 +43,7 @@ _SHM_RESERVE = 16 << 20
 # is left itself, in the order of numbers that each rank gives for itself, and every window waits
 # for the others' ranks: a job that had freed some and made others then never ended.
 _alive: dict[int, Window] = {}
+_process = os.getpid()
 
 
 class Window:
@@ -257,6 +258,8 @@ class NodeMemory:
 @atexit.register  # when this is imported, so that what others do at exit still finds its arrays
 def _free_all() -> None:
     """Collective, as MPI's own end is, which follows (unless the user has called it)."""
+    if os.getpid() != _process:  # a fork's end
+        return
     while _alive and not load_mpi().Is_finalized():
         next(iter(_alive.values())).free()
 

@@ -7,6 +7,7 @@ last-resort hook prints the traceback, prefixed with the rank, and calls MPI_Abo
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import gc
@@ -37,6 +38,8 @@ _DRAIN_SECONDS = 0.5
 _exit_status: int = 0
 _expected_status: int | None = None
 _installed = False
+_stock_exit = os._exit
+_HELD = "_mpizero_end_of_a_child"  # in sys, which Python takes apart last
 _claims: list[socket.socket] = []  # held until this process ends
 
 
@@ -71,6 +74,7 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
     sys.excepthook = end_job
     _watch_exit_status()
     _watch_quick_exit(comm)
+    os.register_at_fork(after_in_child=_end_as_a_child)
 
 
 def abort_if_failed(comm: MPI.Intracomm) -> None:
@@ -215,6 +219,34 @@ def _watch_quick_exit(comm: MPI.Intracomm) -> None:
         leave(status)
 
     os._exit = end_job
+
+
+class _EndOfAChild:
+    """Ends the process when Python takes its own modules apart, nearly the last that it does.
+
+    What comes then is MPI's own end, which mpi4py adds to Python's. It concerns all ranks: in the
+    fork of one, Open MPI waits for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._leave, self._status = os._exit, 0
+        self._before = getattr(sys, "last_value", None)  # what an interpreter notes that it died of
+
+    def note_status(self) -> None:
+        """At exit, while it can be told."""
+        has_failed = getattr(sys, "last_value", None) is not self._before
+        self._status = _exit_status or int(has_failed)
+
+    def __del__(self) -> None:
+        self._leave(self._status)
+
+
+def _end_as_a_child() -> None:
+    """A fork of a rank is none."""
+    os._exit = _stock_exit
+    if _HELD not in vars(sys):  # else it is the fork of a fork
+        vars(sys)[_HELD] = end = _EndOfAChild()
+        atexit.register(end.note_status)
 
 
 def _as_number(status: Any) -> int:
