@@ -75,7 +75,8 @@ class _Launch:
         (folder / "job.json").write_text(json.dumps(job))
         command = mpirun_command(setting.python, setting.ranks)
         command += [setting.python, "-m", "conformance.rank", str(folder)]
-        environment = launch_environment()
+        # The suite of torch's that this process has imported has left its own word of the ranks.
+        environment = launch_environment({"WORLD_SIZE": None})
         environment["PYTHONPATH"] = f"{ROOT / 'tests'}:{environment['PYTHONPATH']}"
         environment["PYTORCH_PRINT_REPRO_ON_FAILURE"] = "0"  # it is not run by torch's command
         with (folder / "output").open("w") as output:
