@@ -37,7 +37,7 @@ _DRAIN_SECONDS = 0.5
 
 _exit_status: int = 0
 _expected_status: int | None = None
-_installed = False
+_installed = _knows_forks = False
 _stock_exit = os._exit
 _HELD = "_mpizero_end_of_a_child"  # in sys, which Python takes apart last
 _claims: list[socket.socket] = []  # held until this process ends
@@ -46,9 +46,13 @@ _claims: list[socket.socket] = []  # held until this process ends
 def install_abort_hooks(comm: MPI.Intracomm) -> None:
     """End all ranks of ``comm`` when this one dies of an exception or a non-zero ``sys.exit``.
 
-    Does nothing for a single rank (Python's own behaviour is right there) or the second time.
+    Does nothing for a single rank (Python's own behaviour is right there, but for its forks) or the
+    second time.
     """
-    global _installed
+    global _installed, _knows_forks
+    if not _knows_forks:
+        _knows_forks = True
+        os.register_at_fork(after_in_child=_end_as_a_child)
     if _installed or comm.size == 1:
         return
     _installed = True
@@ -74,7 +78,6 @@ def install_abort_hooks(comm: MPI.Intracomm) -> None:
     sys.excepthook = end_job
     _watch_exit_status()
     _watch_quick_exit(comm)
-    os.register_at_fork(after_in_child=_end_as_a_child)
 
 
 def abort_if_failed(comm: MPI.Intracomm) -> None:
@@ -245,6 +248,8 @@ def _end_as_a_child() -> None:
     """A fork of a rank is none."""
     os._exit = _stock_exit
     if _HELD not in vars(sys):  # else it is the fork of a fork
+        if not _installed:
+            _watch_exit_status()
         vars(sys)[_HELD] = end = _EndOfAChild()
         atexit.register(end.note_status)
 
