@@ -46,12 +46,15 @@ class SavedTensors:
         found = weakref.ref(schedule)
         places, memory = schedule.places, schedule.memory
 
+        def place_of(own: torch.Tensor) -> tuple[int, int] | None:
+            try:
+                return places.get(storage_address(own))
+            except NotImplementedError:  # a tensor of another kind, as sparse ones are
+                return None
+
         def pack(tensor: torch.Tensor) -> Any:
             own = slices.local(tensor) if any_cut else tensor
-            try:
-                at = places.get(storage_address(own))
-            except NotImplementedError:  # a tensor of another kind, as sparse ones are
-                at = None
+            at = place_of(own)
             if at is None or own.is_conj() or own.is_neg():
                 # Not the output of a node itself: the two would keep each other for good.
                 return tensor if tensor.grad_fn is None else tensor.detach(), own._version
@@ -72,9 +75,8 @@ class SavedTensors:
             return slices.put_together(owner.recall(packed), packed.cut)
 
         def is_of_unit(tensor: torch.Tensor) -> bool:
-            return isinstance(tensor, nn.Parameter) and (
-                storage_address(slices.local(tensor) if any_cut else tensor) in places
-            )
+            own = slices.local(tensor) if any_cut else tensor
+            return isinstance(tensor, nn.Parameter) and place_of(own) is not None
 
         self._hooks: Hooks = pack, unpack
         self._is_of_unit = is_of_unit
