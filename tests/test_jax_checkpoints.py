@@ -30,6 +30,7 @@ def params(fill: float = 1.0) -> Any:
         ],
         "scale": jnp.asarray(fill),
         "count": np.arange(4) * int(fill),
+        "rate": np.float64(fill),
     }
 
 
@@ -112,4 +113,6 @@ def test_trees_that_do_not_fit_are_refused_on_all_ranks(tmp_path: Path) -> None:
         mj.load(path, other=right)
     with pytest.raises(mj.ArgumentError, match="pickle"):
         mj.save(path, params={"f": object()})
+    with pytest.raises(mj.ArgumentError, match=r"two leaves named 'a\.b'"):
+        mj.save(path, params={"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     assert mj.load(path, step=0) == {"step": 3}

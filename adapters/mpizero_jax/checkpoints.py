@@ -108,7 +108,22 @@ class _Leaf:
 
 
 def _leaves(name: str, given: Any) -> Iterator[_Leaf]:
-    """The leaves of a part, in the order in which jax flattens it."""
+    """The leaves of a part, in the order in which jax flattens it.
+
+    ArgumentError for two of one name, as {"a.b": ...} and {"a": {"b": ...}} make them.
+    """
+    seen: set[str] = set()
+    for leaf in _named(name, given):
+        if leaf.name in seen:
+            raise ArgumentError(
+                f"{name}=", "tree", f"two leaves named '{leaf.name}'", "a name for each",
+                "Names are the keys on the way to a leaf, with dots between them.",
+            )  # fmt: skip
+        seen.add(leaf.name)
+        yield leaf
+
+
+def _named(name: str, given: Any) -> Iterator[_Leaf]:
     for path, value in jax.tree_util.tree_flatten_with_path(given, is_leaf=_is_sharded)[0]:
         at = jax.tree_util.keystr(path, simple=True, separator=".")
         if not _is_sharded(value):
@@ -221,7 +236,7 @@ class _Reader:
             )  # fmt: skip
         array = self.checkpoint.read(self.part, name)
         if not is_jax:
-            return array
+            return array[()] if isinstance(like, np.generic) else array
         array = jnp.asarray(array)
         return _key_like(like, array) if _is_key(like.dtype) else array
 
