@@ -226,8 +226,11 @@ def test_what_is_no_trace_of_one_rank_is_refused(tmp_path: Path) -> None:
     first, second = tmp_path / "a-1.json", tmp_path / "b-1.json"
     for file in (first, second, tmp_path / "nameless.json"):
         file.write_text('[{"ph": "X", "ts": 1, "dur": 1, "pid": 1}]')
+    cut_off = tmp_path / "cut-0.json.gz"
+    cut_off.write_bytes(gzip.compress(b"[]" * 1000)[:-20])
     out = str(tmp_path / "all.json")
     for files, said in (
+        ([cut_off], "traces in Chrome's format"),
         ([other], "traces in Chrome's format"),
         ([first, second], "both of rank 1"),
         ([tmp_path / "nameless.json"], "of which rank"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
         if isinstance(found, list):
             found = {"traceEvents": found}
-        if isinstance(found["traceEvents"], list):
+        if all(isinstance(event, dict) for event in found["traceEvents"]):
             return dict(found)
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error):
         pass
     raise ArgumentError(
         _CALL, "files", f"'{file}'", "traces in Chrome's format (JSON)",
@@ -66,7 +67,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _rank(file: Path, found: dict[str, Any]) -> int:
-    told = found.get("distributedInfo", {}).get("rank")
+    job = found.get("distributedInfo")
+    told = job.get("rank") if isinstance(job, dict) else None
     if isinstance(told, int):
         return told
     numbers = re.findall(r"\d+", file.name.removesuffix(".gz").removesuffix(".json"))
