@@ -17,20 +17,19 @@ _STATIC = (
     "Expects an error where a graph changes although it was said to be static, or is said so late. "
     "Here a graph may always change, and there is nothing to say."
 )
-_GROUP = "`process_group=` is not taken: ranks are given by `world=`."
-_IGNORED = (
-    "Names what to leave out by torch's private `_set_params_and_buffers_to_ignore_for_model`, "
-    "which is not there; the attribute of the module that it sets is heeded."
-)
-_BUFFERS = "torch's latest argument `forward_sync_buffers=` is not taken: `broadcast_buffers=` is."
+_DEPRECATED = "Expects torch's warning that `broadcast_buffers=` will go: here it stays."
 _PICKLED = (
     "Pickles the wrapper in the middle of training, which is refused: it holds communicators and "
     "hooks of its process. Save `model.state_dict()`, or `model.module`."
 )
 _JOIN = (
-    "torch's `join` divides by the number of all ranks, or of those that still train if "
-    "`divide_by_initial_world_size=False` says so. Here it is always by those that still train, "
-    "and `join` takes an optimizer instead of torch's arguments."
+    "torch's `join` divides by the number of all ranks unless "
+    "`divide_by_initial_world_size=False` says otherwise. Here it is by those that still train, "
+    "unless it says True."
+)
+_JOINED = (
+    "Joins the wrapper by torch's `Join([...])`, which looks into it (`_join_config`): use "
+    "`with model.join(optimizer):`."
 )
 _PROFILED = (
     "Expects the profiler to show calls of `torch.distributed`. Gradients do not go through it "
@@ -62,24 +61,15 @@ REASONS: dict[str, str] = {
     "test_skip_all_reduce_unused_parameters": _LOGGED,
     "test_ddp_unused_params_rebuild_buckets_exception": _UNUSED,
     "test_ddp_multiple_nested_unused_params_error": _UNUSED,
-    "test_ddp_multiple_nested_unused_params_err_ignore_params": _IGNORED,
-    "test_get_data_parallel_params": _IGNORED,
-    "test_ddp_ignore_params_arg": _IGNORED,
+    "test_ddp_multiple_nested_unused_params_err_ignore_params": _UNUSED,
+    "test_get_data_parallel_params": _REDUCER,
     "test_invalid_static_graph": _STATIC,
     "test_static_graph_api_cpu": _STATIC,
-    "test_accumulate_gradients_no_sync": _GROUP,
-    "test_accumulate_gradients_no_sync_grad_is_view": _GROUP,
-    "test_compute_bucket_assignment_by_size_sparse_error_without_logger": _GROUP,
-    "test_verify_model_across_rank_with_logger": _GROUP,
-    "test_verify_model_across_rank_without_logger": _GROUP,
-    "test_ddp_join_respects_forward_sync_buffers_false": _BUFFERS,
-    "test_ddp_init_sync_buffers_with_forward_sync_buffers_false": _BUFFERS,
-    "test_ddp_broadcast_buffers_deprecation_warning": _BUFFERS,
+    "test_ddp_broadcast_buffers_deprecation_warning": _DEPRECATED,
     "test_DistributedDataParallelCPU": _PICKLED,
     "test_DistributedDataParallelCPU_grad_is_view": _PICKLED,
-    "test_ddp_grad_div_uneven_inputs": _JOIN,
     "test_ddp_join_model_equivalence": _JOIN,
-    "test_ddp_uneven_input_join_disable": _JOIN,
+    "test_ddp_uneven_input_join_disable": _JOINED,
     "test_ddp_profiling_torch_profiler": _PROFILED,
     "test_DistributedDataParallel_requires_grad": (
         "A module without trainable parameters is refused, as by torch, with an `ArgumentError`, "
@@ -101,13 +91,10 @@ REASONS: dict[str, str] = {
         "`functional_call` on `model.module`."
     ),
     "test_ddp_device_mesh_initialization": (
-        "`device_mesh=` is not taken: ranks are given by `world=`."
+        "Reads `device_mesh` of the wrapper, which takes one, and keeps its ranks as `world`."
     ),
     "test_ddp_inference": (
         "torch's wrapper takes no module with `SyncBatchNorm` on the CPU; evaluated it needs no "
         "other ranks, and works here."
-    ),
-    "test_ddp_compile_static_graph": (
-        "`torch.compile` of the wrapper fails: compile the module, and wrap what it returns."
     ),
 }
