@@ -180,7 +180,7 @@ class _Reader:
 
     checkpoint: Checkpoint
     part: str
-    rename: Rename | None
+    stored_names: Rename | None
 
     @property
     def plain(self) -> Mapping[str, Any]:
@@ -211,11 +211,10 @@ class _Reader:
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), found)
 
     def _stored(self, name: str) -> str:
-        if self.rename is None:
+        known = self.stored_names
+        if known is None:
             return name
-        return (
-            self.rename.get(name, name) if isinstance(self.rename, Mapping) else self.rename(name)
-        )
+        return known.get(name, name) if isinstance(known, Mapping) else known(name)
 
     def _leaf(self, name: str, leaf: _Leaf, is_own: bool) -> Any:
         if name in self.plain:
